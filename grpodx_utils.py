@@ -1,0 +1,1404 @@
+"""GRPODx: the pieces that two or more notebooks share, in the order of the data flow.
+
+    disease bank -> case -> patient -> consultation -> play -> rewards -> evaluation
+
+Each piece is taught first by a notebook (its number stands in the section heads).
+Heavy libraries (torch, trl, unsloth) are imported inside the functions that need them, so
+`import grpodx_utils as gx` is instant and prints nothing.
+
+Words: a *finding* is a symptom that a patient has; *evidence* maps a symptom to True or
+False as the patient said; an *episode* is one finished consultation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import time
+import unicodedata
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rapidfuzz import fuzz
+from rapidfuzz.distance import OSA
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"
+RUNS = ROOT / "runs"  # what notebooks write; not in git
+SMOKE = os.environ.get("GRPODX_SMOKE") == "1"  # same code, small sizes: for tests
+MAX_QUESTIONS = 5
+BACKGROUND = 0.02  # P(a patient reports a symptom that the disease does not list)
+NOISE = 0.10  # share of findings that a "noisy" patient reports wrongly
+MODES = ("sampled", "canonical", "noisy")
+# Colours that stay apart for colour-blind readers (Okabe and Ito, 2008).
+COLORS = dict(before="#999999", after="#0072B2", bayes="#009E73", random="#E69F00")
+DISCLAIMER = "Synthetic teaching data. Not medical advice."
+
+
+# ------------------------------------------------------- 1. words to symptoms (02, 03)
+STOP_WORDS = frozenset(
+    (
+        "a an the i im ive my me you youre youve your any some of or and to in on at for "
+        "with is are am was were be been being do does did dont doesnt didnt have has had "
+        "havent hasnt hadnt get gets got getting feel feels felt feeling notice noticed "
+        "ever lately recently it its that this these those there by as so if when while "
+        "than then about can could would will may might please also just very really "
+        "quite at all still now"
+    ).split()
+)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of `text` without accents, apostrophes and punctuation."""
+    plain = unicodedata.normalize("NFKD", text.casefold().replace("’", "'"))
+    plain = "".join(c for c in plain if not unicodedata.combining(c)).replace("'", "")
+    return re.findall(r"[a-z0-9]+", plain)
+
+
+def content_words(text: str) -> list[str]:
+    """`words` without the small ones that carry no medical meaning."""
+    every = words(text)
+    return [w for w in every if w not in STOP_WORDS] or every
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """How people talk about one symptom (see data/README.md)."""
+
+    name: str
+    question: str  # what a doctor asks
+    complaint: str  # how a patient opens with it
+    yes: str
+    no: str
+    ask: tuple[str, ...] = ()  # other words for it in a doctor's question
+    kind_of: tuple[str, ...] = ()  # more general symptoms, not meant when this one is
+
+
+class Lexicon:
+    """All symptoms, and the map from free English to them.
+
+    A question is compared with every phrase of the lexicon. A phrase matches when all its
+    content words stand close together in the question, each as itself, a synonym, an
+    inflection, or a typo. Longer phrases claim their words first, so "headache on one
+    side" is `one-sided headache` and not `headache` as well.
+    """
+
+    def __init__(
+        self,
+        symptoms: Sequence[Symptom],
+        unknown: Sequence[str] = (),
+        synonyms: Sequence[Sequence[str]] = (),
+    ):
+        self.symptoms = {s.name: s for s in symptoms}
+        self.sentences = {}
+        for s in symptoms:
+            said = ((s.yes, True), (s.no, False), (s.complaint, True))
+            self.sentences |= {
+                " ".join(words(t)): (s.name, present) for t, present in said
+            }
+        self._head = {w: group[0] for group in synonyms for w in group}
+        phrases = [(s.name, p) for s in symptoms for p in (s.name, s.question, *s.ask)]
+        phrases += [("", p) for p in unknown]
+        split = [(name, tuple(dict.fromkeys(content_words(p)))) for name, p in phrases]
+        self._vocabulary = sorted({w for _, p in split for w in p} | self._head.keys())
+        heads = {(n, tuple(self._head.get(w, w) for w in p)) for n, p in split}
+        self._phrases = sorted(heads)
+        self._by_word: dict[str, list[int]] = defaultdict(list)
+        self._words_of: dict[str, set[str]] = defaultdict(set)
+        for i, (name, phrase) in enumerate(self._phrases):
+            self._words_of[name].update(phrase)
+            for w in phrase:
+                self._by_word[w].append(i)
+        self._alike = lru_cache(maxsize=50_000)(self._find_alike)
+        self.find = lru_cache(maxsize=50_000)(self._find)
+
+    def _find_alike(self, word: str) -> set[str]:
+        """Lexicon words that `word` may stand for: inflections, else one typo."""
+        near = [v for v in self._vocabulary if v == word or _inflected(word, v)]
+        if not near and len(word) > 4:
+            near = [
+                v
+                for v in self._vocabulary
+                if v[0] == word[0] and OSA.distance(word, v, score_cutoff=1) <= 1
+            ]
+        return {self._head.get(v, v) for v in near}
+
+    def _find(self, text: str) -> tuple[str, ...]:
+        """Names of the symptoms that `text` mentions, in its order; () if none."""
+        asked = [p for p in re.split(r"(?<=[?.!])\s+", text) if p.endswith("?")]
+        found = self._find_in(" ".join(asked)) if asked else ()
+        return found or self._find_in(text)
+
+    def _find_in(self, text: str) -> tuple[str, ...]:
+        said: list[str] = []  # content words
+        part: list[int] = []  # the part of the sentence that each stands in
+        item: list[int] = []  # the same, parts being divided by "and" and "or" only
+        number = items = 0
+        for piece in re.split(r"([,;.:?!–—]+|\b(?:and|or)\b)", text):
+            if piece in ("and", "or") or re.match("[;.:?!,–—]", piece):
+                number += 1
+                items += piece in ("and", "or")
+                continue
+            content = [w for w in words(piece) if w not in STOP_WORDS]
+            said += content
+            part += [number] * len(content)
+            item += [items] * len(content)
+        where: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for spot, word in enumerate(said):
+            for same in self._alike(word):
+                for i in self._by_word[same]:
+                    where[i][same].append(spot)
+        hits = []
+        for i, found in where.items():
+            name, phrase = self._phrases[i]
+            if len(found) == len(phrase):
+                spots = _closest([found[w] for w in found])
+                across = part[spots[-1]] - part[spots[0]]
+                near = spots[-1] - spots[0] + across <= len(phrase) + 2
+                if near and len(spots) == len(found):
+                    length = sum(len(said[s]) for s in spots)
+                    hits.append((across - len(spots), -length, name, spots))
+        return self._choose(sorted(hits), said, part, item)
+
+    def _choose(self, hits, said, part, item) -> tuple[str, ...]:
+        """Keeps the best hits: each with words and a part of the sentence of its own."""
+        chosen: dict[str, list[int]] = {}
+        for sharing in (False, True):
+            for *_, name, spots in hits:
+                if name in chosen:
+                    continue
+                general = self.symptoms[name].kind_of if name else ()
+                rivals = {n: c for n, c in chosen.items() if n not in general}
+                taken = {s for c in rivals.values() for s in c}
+                own = [s for s in spots if s not in taken]
+                if not sharing:
+                    apart = all(
+                        {part[s] for s in spots} - {part[s] for s in c}
+                        for c in rivals.values()
+                    )
+                    fits = apart and len(own) == len(spots)
+                else:  # "bleeding from the gums or the nose"
+                    others = [n for n, c in rivals.items() if set(c) & set(spots)]
+                    known = {w for n in others for w in self._words_of[n]}
+                    theirs = {
+                        item[s] for n in others for s in rivals[n] if s not in spots
+                    }
+                    fits = (
+                        len(spots) <= 3
+                        and others
+                        and any(
+                            item[s] not in theirs and not self._alike(said[s]) & known
+                            for s in own
+                        )
+                    )
+                if fits:
+                    chosen[name] = spots
+        for name in [n for n in chosen if n]:
+            for wide in self.symptoms[name].kind_of if name in chosen else ():
+                if wide in chosen and item[chosen[name][0]] == item[chosen[wide][0]]:
+                    del chosen[wide]
+        return tuple(sorted((n for n in chosen if n), key=lambda n: chosen[n][0]))
+
+
+def _inflected(a: str, b: str) -> bool:
+    """Whether two words differ by an English ending: cough, coughs, coughing."""
+    short, long = sorted((a, b), key=len)
+    if len(short) < 3 or long[: len(short) - 1] != short[:-1]:
+        return False
+    stem = short[:-1] if short[-1] in "ey" and len(short) > 4 else short
+    return long.startswith(stem) and long[len(stem) :] in ENDINGS
+
+
+ENDINGS = frozenset(
+    "s es d ed ing ings er y ies ied e n en".split()
+)
+
+
+def _closest(spots: list[list[int]]) -> list[int]:
+    """One place for each word of a phrase, as near to the first word's as possible."""
+    near = [sorted({min(s, key=lambda x: abs(x - b)) for s in spots}) for b in spots[0]]
+    return min(near, key=lambda c: (-len(c), c[-1] - c[0]))
+
+
+# ------------------------------------------------------------ 2. the disease bank (02)
+class BankError(ValueError):
+    """A disease bank that cannot be used: names the file, the disease and the mend."""
+
+
+@dataclass(frozen=True)
+class Disease:
+    """One disease; `findings` maps a symptom to the share of patients who report it."""
+
+    name: str
+    findings: Mapping[str, float]
+    aliases: tuple[str, ...] = ()
+    system: str = "other"
+    icd10: str = ""
+    onset: str = "days"
+    severity: str = "moderate"
+    prevalence: str = "common"
+    red_flags: tuple[str, ...] = ()
+    source: str = ""
+    sex: str = ""
+    age: tuple[int, int] = (18, 80)
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """The diseases with their lexicon; a probability model of patients.
+
+    Arrays: `rates` float [diseases, symptoms], P(finding | disease), kept within
+    [BACKGROUND, 1 - BACKGROUND] so that no likelihood is zero; `complaint_rates`, same
+    shape, P(chief complaint | disease), rows sum to 1.
+    """
+
+    diseases: tuple[Disease, ...]
+    lexicon: Lexicon
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [d.name for d in self.diseases]
+
+    @cached_property
+    def symptoms(self) -> list[str]:
+        listed = {s for d in self.diseases for s in d.findings}
+        return [s for s in self.lexicon.symptoms if s in listed]
+
+    @cached_property
+    def column(self) -> dict[str, int]:
+        return {s: i for i, s in enumerate(self.symptoms)}
+
+    @cached_property
+    def listed(self) -> np.ndarray:
+        """float [diseases, symptoms]: the fractions as the file gives them."""
+        table = np.zeros((len(self.diseases), len(self.symptoms)))
+        for row, disease in enumerate(self.diseases):
+            for symptom, share in disease.findings.items():
+                table[row, self.column[symptom]] = share
+        return table
+
+    @cached_property
+    def rates(self) -> np.ndarray:
+        return np.clip(self.listed, BACKGROUND, 1 - BACKGROUND)
+
+    @cached_property
+    def complaint_rates(self) -> np.ndarray:
+        """A chief complaint is typical (>= 0.5) of this disease and of another one."""
+        typical = self.listed >= 0.5
+        weight = np.where(typical & (typical.sum(0) >= 2), self.listed, 0.0)
+        share = weight / weight.sum(1, keepdims=True)
+        return (1 - BACKGROUND) * share + BACKGROUND / len(self.symptoms)
+
+    @cached_property
+    def spellings(self) -> dict[str, str]:
+        """Every normalised name and alias -> disease name."""
+        return {
+            " ".join(words(a)): d.name
+            for d in self.diseases
+            for a in (d.name, *d.aliases)
+        }
+
+    def __getitem__(self, name: str) -> Disease:
+        return self.diseases[self.index[name]]
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        return {n: i for i, n in enumerate(self.names)}
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; a BankError that names file and line if it is broken."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise BankError(
+            f"{path}: cannot be read ({e.strerror}). Check the path."
+        ) from e
+    if not text.strip():
+        raise BankError(f"{path}: the file is empty. Restore it, or give another path.")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise BankError(
+            f"{path}, line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}). "
+            "Often a comma or a quote is missing just before that place."
+        ) from e
+
+
+def load_lexicon(path: str | Path = DATA / "symptoms.json") -> Lexicon:
+    """Reads the symptom lexicon; raises BankError naming the symptom and the mend."""
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("symptoms"), dict):
+        raise BankError(f'{path}: expected an object with the key "symptoms".')
+    symptoms = []
+    for name, entry in raw["symptoms"].items():
+        lacks = [
+            k
+            for k in ("question", "complaint", "yes", "no")
+            if not (entry or {}).get(k)
+        ]
+        if lacks:
+            raise BankError(
+                f"{path}: symptom '{name}' lacks {', '.join(lacks)}. Add it."
+            )
+        entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        symptoms.append(Symptom(name, **entry))
+    return Lexicon(symptoms, raw.get("unknown", ()), raw.get("synonyms", ()))
+
+
+def build_bank(
+    records: Sequence[Mapping], lexicon: Lexicon, where: str = "bank"
+) -> Bank:
+    """Validates disease records (the schema in data/README.md) and builds a Bank.
+
+    Raises:
+        BankError: wrong type, unknown symptom, duplicate or indistinguishable diseases,
+            too few findings, no shared chief complaint. `where` names the source.
+    """
+    if not isinstance(records, list) or not records:
+        raise BankError(f"{where}: expected a non-empty list of diseases.")
+    diseases: list[Disease] = []
+    owner: dict[str, str] = {}
+    for number, record in enumerate(records, 1):
+        disease = _read_disease(record, lexicon, f"{where}: disease {number}", where)
+        for spelling in (disease.name, *disease.aliases):
+            first = owner.setdefault(" ".join(words(spelling)), disease.name)
+            if first != disease.name or (
+                spelling == disease.name
+                and any(d.name == disease.name for d in diseases)
+            ):
+                raise BankError(
+                    f"{where}: {disease.name}: the name '{spelling}' is already used by "
+                    f"{first}. Remove one of the two, or rename it."
+                )
+        diseases.append(disease)
+    seen: dict[frozenset, str] = {}
+    for d in diseases:
+        key = frozenset(s for s, share in d.findings.items() if share >= 0.5)
+        if key in seen:
+            raise BankError(
+                f"{where}: {d.name}: its typical findings (0.5 or more) are the same as "
+                f"{seen[key]}'s, so nobody could tell them apart. Add a finding that differs."
+            )
+        seen[key] = d.name
+    bank = Bank(tuple(diseases), lexicon)
+    if len(diseases) > 1:
+        typical = bank.listed >= 0.5
+        for d, alone in zip(diseases, ~(typical & (typical.sum(0) >= 2)).any(1)):
+            if alone:
+                raise BankError(
+                    f"{where}: {d.name}: none of its typical findings is typical of another "
+                    "disease, so its chief complaint gives it away. Add a shared one."
+                )
+    return bank
+
+
+def _read_disease(record: Any, lexicon: Lexicon, place: str, where: str) -> Disease:
+    if not isinstance(record, dict):
+        raise BankError(f"{place}: expected an object, got {type(record).__name__}.")
+    name = record.get("disease_name")
+    if not isinstance(name, str) or not name.strip():
+        raise BankError(f'{place}: "disease_name" must be a non-empty string.')
+    if "|" in name:
+        raise BankError(f"{where}: {name}: a name may not contain '|'. Rename it.")
+    raw = record.get("symptoms")
+    if not isinstance(raw, dict) or not raw:
+        raise BankError(f'{where}: {name}: "symptoms" must be a non-empty object.')
+    findings = {}
+    for symptom, value in raw.items():
+        if symptom not in lexicon.symptoms:
+            close = difflib.get_close_matches(symptom, lexicon.symptoms, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise BankError(
+                f"{where}: {name}: unknown symptom '{symptom}'.{hint} Otherwise add it to "
+                "the lexicon (data/symptoms.json)."
+            )
+        good = isinstance(value, (bool, int, float)) and 0 <= value <= 1
+        if not good:
+            raise BankError(
+                f"{where}: {name}: '{symptom}' is {value!r}; use true, false or a "
+                "fraction of patients from 0 to 1."
+            )
+        if value:
+            findings[symptom] = float(value)
+    for key, kind in dict(
+        aliases=list, red_flags=list, body_system=str, source=str
+    ).items():
+        if not isinstance(record.get(key, kind()), kind):
+            raise BankError(f'{where}: {name}: "{key}" must be a {kind.__name__}.')
+    age = record.get("age", (18, 80))
+    if len(age) != 2 or not all(isinstance(a, int) for a in age) or age[0] > age[1]:
+        raise BankError(f'{where}: {name}: "age" must be [youngest, oldest] in years.')
+    return Disease(
+        name=name,
+        findings=findings,
+        aliases=tuple(record.get("aliases", ())),
+        system=record.get("body_system", "other"),
+        icd10=str(record.get("icd10", "")),
+        onset=str(record.get("typical_onset", "days")),
+        severity=str(record.get("severity", "moderate")),
+        prevalence=str(record.get("prevalence", "common")),
+        red_flags=tuple(record.get("red_flags", ())),
+        source=record.get("source", ""),
+        sex=str(record.get("sex", "")),
+        age=(age[0], age[1]),
+    )
+
+
+def load_bank(
+    path: str | Path = DATA / "disease_bank.json",
+    lexicon: str | Path = DATA / "symptoms.json",
+    evidences: str | Path | None = None,
+) -> Bank:
+    """Loads a disease bank; `bank["Influenza"].findings` is then a mapping.
+
+    Args:
+        path: our schema, or DDXPlus's `release_conditions.json`.
+        lexicon: how people talk about the symptoms (not used for DDXPlus).
+        evidences: DDXPlus's `release_evidences.json`; give it to read that format. Its
+            evidences are taken as present or absent (the release has no rates).
+
+    Raises:
+        BankError: one sentence with the file, the disease and the mend.
+    """
+    if evidences is None:
+        raw = read_json(path)
+        if isinstance(raw, dict) and any(
+            "condition_name" in str(v) for v in raw.values()
+        ):
+            raise BankError(
+                f"{path}: this is DDXPlus's format. Call load_bank(path, "
+                "evidences='…/release_evidences.json')."
+            )
+        return build_bank(raw, load_lexicon(lexicon), str(path))
+    questions = {k: e["question_en"].strip() for k, e in read_json(evidences).items()}
+    symptoms = [
+        Symptom(q, q, f'I would say yes to: "{q}"', f'Yes to: "{q}"', f'No to: "{q}"')
+        for q in dict.fromkeys(questions.values())
+    ]
+    records = []
+    for condition in read_json(path).values():
+        coded = [*condition["symptoms"], *condition.get("antecedents", {})]
+        missing = [c for c in coded if c not in questions]
+        if missing:
+            raise BankError(
+                f"{path}: {condition['condition_name']}: evidence {missing[0]} is not in "
+                f"{evidences}. Take both files from the same release."
+            )
+        english = condition.get("cond-name-eng") or condition["condition_name"]
+        records.append(
+            dict(
+                disease_name=english,
+                aliases=sorted({condition["condition_name"]} - {english}),
+                icd10=condition.get("icd10-id", ""),
+                body_system=str(condition.get("icd10-id", "?"))[:1].upper(),
+                severity=condition.get("severity", ""),
+                source="DDXPlus (Fansi Tchango et al., 2022)",
+                symptoms={questions[c]: True for c in coded},
+            )
+        )
+    return build_bank(records, Lexicon(symptoms), str(path))
+
+
+def split_bank(
+    bank: Bank, withheld: float = 0.2, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """(training, withheld) disease names, the same share of each body system withheld."""
+    rng = np.random.default_rng(seed)
+    systems: dict[str, list[str]] = defaultdict(list)
+    for d in bank.diseases:
+        systems[d.system].append(d.name)
+    out: set[str] = set()
+    for system in sorted(systems):
+        count = round(withheld * len(systems[system]))
+        out |= set(rng.permutation(systems[system])[:count].tolist())
+    return [n for n in bank.names if n not in out], [n for n in bank.names if n in out]
+
+
+# --------------------------------------------------------------------- 3. cases (02, 03)
+@dataclass(frozen=True)
+class Case:
+    """One patient: a disease, the findings this patient has, and the chief complaint."""
+
+    case_id: str
+    disease: Disease
+    complaint: str
+    findings: frozenset[str]
+    age: int
+    sex: str
+    since: str
+
+
+SINCE = {
+    "sudden": ["It began suddenly, less than an hour ago.", "It began suddenly today."],
+    "hours": ["It began a few hours ago.", "It began this morning."],
+    "days": ["It began two days ago.", "It began four days ago."],
+    "weeks": ["It began two weeks ago.", "It began about a month ago."],
+    "months": ["It began about three months ago.", "It began half a year ago."],
+    "years": ["It began over a year ago.", "I have had it for several years."],
+}
+
+
+def make_case(bank: Bank, case_id: str) -> Case:
+    """Rebuilds a case from its id, "disease|mode|seed": the same on any machine.
+
+    canonical: exactly the findings listed with 0.5 or more. sampled: the chief complaint
+    is drawn first (P proportional to its fraction), every other finding independently
+    with its rate; this is the model that BayesDoctor inverts. noisy: sampled, then each
+    finding but the complaint is flipped with probability NOISE.
+
+    Raises:
+        ValueError: a malformed id, an unknown disease or mode.
+    """
+    parts = case_id.split("|")
+    if len(parts) != 3 or parts[1] not in MODES or not parts[2].isdigit():
+        raise ValueError(
+            f"case id {case_id!r}: expected 'disease|mode|seed' with mode one of {MODES}."
+        )
+    name, mode, seed = parts
+    if name not in bank.index:
+        raise ValueError(
+            f"case id {case_id!r}: the bank has no disease named {name!r}."
+        )
+    row, disease = bank.index[name], bank[name]
+    rng = np.random.default_rng([int(seed), zlib.crc32(f"{name}|{mode}".encode())])
+    if mode == "canonical":
+        present = bank.listed[row] >= 0.5
+        weight = np.where(present, bank.complaint_rates[row], 0.0)
+        complaint = int(rng.choice(len(weight), p=weight / weight.sum()))
+    else:
+        complaint = int(rng.choice(len(bank.symptoms), p=bank.complaint_rates[row]))
+        present = rng.random(len(bank.symptoms)) < bank.rates[row]
+        if mode == "noisy":
+            present ^= rng.random(len(present)) < NOISE
+    findings = {bank.symptoms[i] for i in np.flatnonzero(present)}
+    findings.add(bank.symptoms[complaint])
+    sex = disease.sex or str(rng.choice(["female", "male"]))
+    if "heavy periods" in findings:
+        sex = "female"
+    since = SINCE.get(disease.onset, SINCE["days"])
+    return Case(
+        case_id,
+        disease,
+        bank.symptoms[complaint],
+        frozenset(findings),
+        int(rng.integers(disease.age[0], disease.age[1] + 1)),
+        sex,
+        since[rng.integers(len(since))],
+    )
+
+
+def sample_cases(
+    names: Sequence[str], n: int, seed: int = 0, mode: str = "sampled"
+) -> list[str]:
+    """`n` case ids, the diseases drawn evenly (each once before any comes twice)."""
+    rng = np.random.default_rng([seed, 7])
+    order = [i for _ in range(-(-n // len(names))) for i in rng.permutation(len(names))]
+    base = seed * 1_000_000
+    return [f"{names[i]}|{mode}|{base + k}" for k, i in enumerate(order[:n])]
+
+
+# -------------------------------------------------------------------- 4. the patient (03)
+UNSURE = "I'm not sure."
+NOTHING_ELSE = "No, nothing else."
+ABOUT = {  # what else a patient can be asked; compared as whole phrases
+    "else": ["anything else", "any other symptoms", "other symptoms", "other problems",
+             "what else", "something else", "other complaints", "tell me more"],
+    "since": ["how long", "when did", "since when", "how many days", "start", "started",
+              "begin", "began", "onset", "duration", "first notice"],
+    "age": ["how old", "your age", "what age", "date of birth"],
+    "sex": ["man or woman", "male or female", "your sex", "your gender", "woman or man"],
+}  # fmt: skip
+
+
+def find_topic(question: str) -> str | None:
+    """ "else", "since", "age" or "sex" if the question is about that, else None."""
+    said = f" {' '.join(words(question))} "
+    for topic, phrases in ABOUT.items():
+        if any(f" {p} " in said for p in phrases):
+            return topic
+    return None
+
+
+class ScriptedPatient:
+    """Answers truthfully from its case. It never names the disease."""
+
+    def __init__(self, bank: Bank, case: Case):
+        self.bank, self.case = bank, case
+        self.mentioned = {case.complaint}
+
+    def opening(self) -> str:
+        return self.bank.lexicon.symptoms[self.case.complaint].complaint
+
+    def reply(self, question: str) -> str:
+        """The answer to one free-form question; yes and no answers echo the symptom."""
+        lexicon = self.bank.lexicon
+        asked = lexicon.find(question)
+        if asked:
+            self.mentioned.update(asked)
+            have = self.case.findings
+            said = [lexicon.symptoms[s] for s in asked]
+            return " ".join(s.yes if s.name in have else s.no for s in said)
+        topic = find_topic(question)
+        if topic == "age":
+            return f"I am {self.case.age} years old."
+        if topic == "sex":
+            return "I am a woman." if self.case.sex == "female" else "I am a man."
+        if topic == "since":
+            return self.case.since
+        if topic == "else":
+            return self._volunteer()
+        return UNSURE
+
+    def _volunteer(self) -> str:
+        """One finding that was not asked about, once; then nothing else."""
+        left = sorted(self.case.findings - self.mentioned)
+        if not left or "" in self.mentioned:
+            return NOTHING_ELSE
+        self.mentioned.add("")
+        typical = max(left, key=lambda s: self.case.disease.findings.get(s, 0.0))
+        self.mentioned.add(typical)
+        return self.bank.lexicon.symptoms[typical].complaint
+
+
+def read_evidence(bank: Bank, question: str, reply: str) -> dict[str, bool]:
+    """What a patient's reply says: {symptom: present}, {} if nothing can be read.
+
+    The lexicon's own sentences are read exactly. Other text is read as a yes or no to
+    the question's symptoms, then as statements ("I have a headache but no fever").
+    """
+    lexicon, evidence = bank.lexicon, {}
+    rest = []
+    for sentence in re.split(r"(?<=[.!?])\s+", reply):
+        known = lexicon.sentences.get(" ".join(words(sentence)))
+        if known:
+            evidence[known[0]] = known[1]
+        elif words(sentence):
+            rest.append(sentence)
+    for clause in re.split(r"[.!?,;]|\bbut\b|\band\b", " . ".join(rest)):
+        said = words(clause)
+        negative = bool(NEGATIVE & set(said))
+        found = lexicon.find(clause)
+        if not found and said and said[0] in YES | NO:
+            found, negative = lexicon.find(question), said[0] in NO
+        for s in found:
+            evidence.setdefault(s, not negative)
+    return {s: v for s, v in evidence.items() if s in bank.column}
+
+
+YES = frozenset(
+    "yes yeah yep yup sure definitely absolutely indeed correct right".split()
+)
+NO = frozenset(
+    "no nope nah never negative not none".split()
+)
+NEGATIVE = NO | frozenset(
+    [
+        "without",
+        "dont",
+        "doesnt",
+        "didnt",
+        "havent",
+        "hasnt",
+        "isnt",
+        "arent",
+        "wasnt",
+        "cannot",
+        "cant",
+    ]
+) - {"cant", "cannot"}
+
+
+# ---------------------------------------------------------------- 5. the consultation (03)
+SYSTEM = (
+    "You are a doctor. Ask the patient one short question at a time, at most {n}. "
+    "Then write: Final diagnosis: NAME"
+)
+LAST_TURN = "Please give your final diagnosis now."
+_TAGS = re.compile(r"<(/?)\s*(?:reason|reasoning|think|thinking)\s*>", re.I)
+_FINAL = re.compile(r"final\s+diagnosis\W{0,4}(?:is\b)?\s*[:\-–]?\s*(.*)", re.I)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One doctor turn: hidden reasoning, what is spoken, and the diagnosis if given."""
+
+    text: str
+    spoken: str
+    reasoning: str = ""
+    diagnosis: str | None = None
+
+
+def read_turn(text: str) -> Turn:
+    """Splits a doctor's text. Reasoning may be nested or unclosed; it stays hidden.
+
+    >>> read_turn("<reason>flu?</reason>Final diagnosis: Influenza.").diagnosis
+    'Influenza'
+    """
+    depth, last, spoken, hidden = 0, 0, [], []
+    for tag in _TAGS.finditer(text):
+        (hidden if depth else spoken).append(text[last : tag.start()])
+        depth = max(depth + (-1 if tag[1] else 1), 0)
+        last = tag.end()
+    (hidden if depth else spoken).append(text[last:])
+    said = " ".join("".join(spoken).split())
+    final = _FINAL.search(said)
+    name = final[1].split(". ")[0].strip(" .*_`\"'") if final else None
+    return Turn(text, said, " ".join(" ".join(hidden).split()), name or None)
+
+
+class Consultation:
+    """One conversation between a doctor and a patient, as text and as tokens.
+
+    `prompt_ids` is what the doctor sees first; `completion_ids` grows by the doctor's
+    sampled tokens (`env_mask` 1) and by the patient's words with their template (0).
+    Without a `chat` (text doctors, such as BayesDoctor) the token lists stay empty.
+
+    Args:
+        patient: anything with `opening() -> str` and `reply(question) -> str`.
+        max_tokens: cap on `completion_ids`; a longer conversation ends undiagnosed.
+        list_diseases: puts the candidate names in the prompt. Off by default: a list
+            costs several hundred tokens in every episode and turns the diagnosis into
+            multiple choice, withheld diseases included.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        patient: Any,
+        chat: ChatTokens | None = None,
+        max_questions: int = MAX_QUESTIONS,
+        max_tokens: int = 2048,
+        list_diseases: bool = False,
+    ):
+        self.bank, self.patient, self.chat = bank, patient, chat
+        self.max_questions, self.max_tokens = max_questions, max_tokens
+        self.turns: list[Turn] = []
+        self.replies: list[str] = []
+        self.asked: list[tuple[str, ...]] = []
+        self.completion_ids: list[int] = []
+        self.env_mask: list[int] = []
+        self.ended: str | None = None  # "diagnosis", "no diagnosis" or "too long"
+        self.opening = self._cue(patient.opening())
+        self.evidence = read_evidence(bank, "", self.opening)
+        self.system = SYSTEM.format(n=max_questions)
+        if list_diseases:
+            self.system += ". One of: " + "; ".join(bank.names)
+        self.prompt_ids = chat.prompt(self.system, self.opening) if chat else []
+
+    @property
+    def done(self) -> bool:
+        return self.ended is not None
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens so far: what the doctor continues."""
+        return self.prompt_ids + self.completion_ids
+
+    def _cue(self, reply: str) -> str:
+        last = len(self.turns) >= self.max_questions
+        return f"{reply} {LAST_TURN}" if last else reply
+
+    def hear(self, said: str | Sequence[int]) -> Turn:
+        """The doctor speaks: text, or token ids if the consultation has a `chat`."""
+        if self.done:
+            raise RuntimeError("This consultation has ended; start a new one.")
+        if isinstance(said, str):
+            text = said
+            ids = self.chat.encode(said) + self.chat.end_ids[:1] if self.chat else []
+        else:
+            ids = list(said)
+            text = self.chat.decode(ids)
+        self.completion_ids += ids
+        self.env_mask += [1] * len(ids)
+        turn = read_turn(text)
+        self.turns.append(turn)
+        if turn.diagnosis is not None:
+            self._close("diagnosis")
+        elif len(self.turns) > self.max_questions:
+            self._close("no diagnosis")
+        else:
+            self.asked.append(self.bank.lexicon.find(turn.spoken))
+        return turn
+
+    def answer(self, reply: str) -> None:
+        """The patient (or a person) answers the last question."""
+        reply = self._cue(reply)
+        ids = self.chat.bridge(self.completion_ids, reply) if self.chat else []
+        if len(self.completion_ids) + len(ids) >= self.max_tokens:
+            self._close("too long")
+            return
+        self.completion_ids += ids
+        self.env_mask += [0] * len(ids)
+        self.replies.append(reply)
+        said = read_evidence(self.bank, self.turns[-1].spoken, reply)
+        for symptom, present in said.items():
+            self.evidence.setdefault(symptom, present)
+
+    def step(self, said: str | Sequence[int]) -> None:
+        """The doctor speaks, and the patient answers unless that was the end."""
+        self.hear(said)
+        if not self.done:
+            self.answer(self.patient.reply(self.turns[-1].spoken))
+
+    def _close(self, how: str) -> None:
+        self.ended = how
+        if self.chat:
+            end = self.chat.closing(self.completion_ids)
+            self.completion_ids += end
+            self.env_mask += [0] * len(end)
+
+    @property
+    def repeats(self) -> int:
+        """Questions that only asked what was asked, or complained of, before."""
+        known = set(read_evidence(self.bank, "", self.opening))
+        count = 0
+        for asked in self.asked:
+            count += bool(asked) and known.issuperset(asked)
+            known.update(asked)
+        return count
+
+
+@dataclass
+class Episode:
+    """A finished consultation, in plain types: it can be saved and rewarded anywhere."""
+
+    case_id: str
+    truth: str
+    system: str
+    opening: str
+    turns: list[str]
+    spoken: list[str]
+    replies: list[str]
+    diagnosis: str | None
+    matched: str | None  # the bank's name for `diagnosis`
+    correct: bool
+    ended: str
+    questions: int
+    repeats: int
+    not_understood: int
+    evidence: dict[str, bool]
+    prompt_ids: list[int] = field(default_factory=list, repr=False)
+    completion_ids: list[int] = field(default_factory=list, repr=False)
+    env_mask: list[int] = field(default_factory=list, repr=False)
+
+
+def finish(c: Consultation, case_id: str, truth: str) -> Episode:
+    """The Episode of a consultation that is done."""
+    diagnosis = c.turns[-1].diagnosis
+    matched = match_disease(c.bank, diagnosis or "")
+    return Episode(
+        case_id=case_id,
+        truth=truth,
+        system=c.system,
+        opening=c.opening,
+        turns=[t.text for t in c.turns],
+        spoken=[t.spoken for t in c.turns],
+        replies=c.replies,
+        diagnosis=diagnosis,
+        matched=matched,
+        correct=matched == truth,
+        ended=c.ended or "unfinished",
+        questions=len(c.asked),
+        repeats=c.repeats,
+        not_understood=sum(not a for a in c.asked),
+        evidence=c.evidence,
+        prompt_ids=c.prompt_ids,
+        completion_ids=c.completion_ids,
+        env_mask=c.env_mask,
+    )
+
+
+def save_transcripts(episodes: Sequence[Episode], path: str | Path) -> Path:
+    """Writes one JSON object per episode and line; makes the folders it needs."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(e), ensure_ascii=False) for e in episodes]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def load_transcripts(path: str | Path) -> list[Episode]:
+    """Reads what `save_transcripts` wrote."""
+    text = Path(path).read_text(encoding="utf-8")
+    return [Episode(**json.loads(line)) for line in text.splitlines()]
+
+
+# ------------------------------------------------------------------ 6. tokens (01, 03)
+_PATIENT, _DOCTOR = "PATIENTSAYS", "DOCTORSAYS"
+
+
+class ChatTokens:
+    """Turns the patient's words into tokens for any chat template.
+
+    The template is rendered once around two sentinels; its own pieces are tokenised with
+    special tokens, what people say is tokenised with them switched off, so no patient
+    can forge an end-of-turn token. The doctor's sampled tokens are never re-encoded.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        render = self._render([{"role": "user", "content": _PATIENT}])
+        self._after_opening = render.split(_PATIENT)[1]
+        render = self._render(
+            [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": _DOCTOR},
+                {"role": "user", "content": _PATIENT},
+            ]
+        )
+        between, after = render.split(_DOCTOR)[1].split(_PATIENT)
+        self._bridge = (self._special(between), self._special(after))
+        self.end_ids = self._special(between)[:1]  # the token that ends a doctor's turn
+        eos = {tokenizer.eos_token_id, *self.end_ids}
+        self.stop_ids = sorted(i for i in eos if i is not None)
+
+    def _render(self, messages: list[dict]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+    def _special(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of what somebody says; special tokens in it are plain text."""
+        return self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def prompt(self, system: str, opening: str) -> list[int]:
+        """Ids up to the doctor's first word. Templates without a system role get the
+        instructions in the patient's first message."""
+        said = {"role": "user", "content": _PATIENT}
+        try:
+            render = self._render([{"role": "system", "content": system}, said])
+        except Exception as e:  # Jinja's raise_exception; anything else is re-raised
+            if "system" not in str(e).lower():
+                raise
+            said["content"] = f"{system}\n\n{_PATIENT}"
+            render = self._render([said])
+        before, after = render.split(_PATIENT)
+        return self._special(before) + self.encode(opening) + self._special(after)
+
+    def bridge(self, completion_ids: Sequence[int], reply: str) -> list[int]:
+        """Ids from the doctor's last sampled token to the doctor's next turn."""
+        between, after = self._bridge
+        if completion_ids and completion_ids[-1] == between[0]:
+            between = between[1:]  # the doctor ended the turn itself
+        return between + self.encode(reply) + after
+
+    def closing(self, completion_ids: Sequence[int]) -> list[int]:
+        """The end-of-turn token if the doctor was cut off before it, else nothing."""
+        ended = completion_ids and completion_ids[-1] in self.stop_ids
+        return [] if ended else self.end_ids
+
+
+# ------------------------------------------------------------------ 7. self-play (03)
+Doctor = Callable[[list[Consultation]], list]  # -> for each: text, or sampled token ids
+
+
+def play(
+    doctor: Doctor,
+    bank: Bank,
+    case_ids: Sequence[str],
+    chat: ChatTokens | None = None,
+    progress: bool = False,
+    **options,
+) -> list[Episode]:
+    """Plays one consultation per case id; all advance together, turn by turn.
+
+    Finished ones leave the batch. Order is kept: episode i belongs to case_ids[i].
+    `options` go to Consultation (max_questions, max_tokens, list_diseases).
+    """
+    from tqdm.auto import tqdm
+
+    cases = [make_case(bank, c) for c in case_ids]
+    all_of_them = [
+        Consultation(bank, ScriptedPatient(bank, c), chat, **options) for c in cases
+    ]
+    live = all_of_them
+    with tqdm(total=len(cases), desc="episodes", disable=not progress) as bar:
+        while live:
+            for consultation, said in zip(live, doctor(live), strict=True):
+                consultation.step(said)
+            still = [c for c in live if not c.done]
+            bar.update(len(live) - len(still))
+            live = still
+    return [
+        finish(c, case.case_id, case.disease.name)
+        for c, case in zip(all_of_them, cases)
+    ]
+
+
+# ------------------------------------------------- 8. the reference: BayesDoctor (02)
+def belief(bank: Bank, evidence: Sequence[Mapping[str, bool]]) -> np.ndarray:
+    """P(disease | evidence), float [len(evidence), diseases], by Bayes' rule.
+
+    Every disease is equally likely at first, as in `sample_cases`. The first symptom of
+    each evidence is the chief complaint; the others are independent given the disease.
+    """
+    log_yes, log_no = np.log(bank.rates), np.log1p(-bank.rates)
+    log_p = np.zeros((len(evidence), len(bank.diseases)))
+    for row, known in enumerate(evidence):
+        for i, (symptom, present) in enumerate(known.items()):
+            j = bank.column[symptom]
+            if i == 0 and present:
+                log_p[row] += np.log(bank.complaint_rates[:, j])
+            else:
+                log_p[row] += log_yes[:, j] if present else log_no[:, j]
+    p = np.exp(log_p - log_p.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def information_gain(bank: Bank, p: np.ndarray) -> np.ndarray:
+    """Expected drop in the entropy of the belief, in bits: float [n, symptoms].
+
+    Mutual information of disease and answer, H(answer) - H(answer | disease)
+    (Lindley 1956); `p` is float [n, diseases].
+    """
+
+    def entropy(q):
+        return -(q * np.log2(q) + (1 - q) * np.log2(1 - q))
+
+    return entropy(p @ bank.rates) - p @ entropy(bank.rates)
+
+
+class BayesDoctor:
+    """Knows the bank as probabilities and diagnoses the likeliest disease.
+
+    ask="gain" asks the question with the largest information gain (the ceiling);
+    ask="random" asks any symptom not known yet (the floor).
+    """
+
+    def __init__(self, bank: Bank, ask: str = "gain", seed: int = 0):
+        self.bank, self.ask, self.rng = bank, ask, np.random.default_rng(seed)
+
+    def __call__(self, consultations: list[Consultation]) -> list[str]:
+        bank, lexicon = self.bank, self.bank.lexicon
+        p = belief(bank, [c.evidence for c in consultations])
+        if self.ask == "gain":
+            score = information_gain(bank, p)
+        else:
+            score = self.rng.random((len(p), len(bank.symptoms)))
+        said = []
+        for row, c in enumerate(consultations):
+            score[row, [bank.column[s] for s in c.evidence]] = -1
+            if len(c.turns) >= c.max_questions:
+                said.append(f"Final diagnosis: {bank.names[p[row].argmax()]}")
+            else:
+                best = bank.symptoms[score[row].argmax()]
+                said.append(lexicon.symptoms[best].question)
+        return said
+
+
+# ------------------------------------------------------------------- 9. rewards (03, 04)
+HEDGES = frozenset(
+    "not no unlikely without exclude excluded ruled rule or versus vs".split()
+)
+
+
+def match_disease(bank: Bank, text: str) -> str | None:
+    """The disease that a diagnosis names, or None.
+
+    Names and aliases in any spelling count ("flu" is Influenza); typos are forgiven word
+    by word, unless two diseases are about as near ("Hepatitis B" is not Hepatitis A).
+    A denial or a choice ("not influenza", "flu or a cold") names nothing.
+    """
+    said = words(text)
+    while said and said[0] in {
+        "a",
+        "an",
+        "the",
+        "likely",
+        "probable",
+        "probably",
+        "acute",
+    }:
+        if " ".join(said) in bank.spellings:
+            break
+        said = said[1:]
+    exact = bank.spellings.get(" ".join(said))
+    if exact or not said or HEDGES & set(said):
+        return exact
+    near: dict[str, float] = {}
+    for spelling, name in bank.spellings.items():
+        target = spelling.split()
+        if len(target) == len(said):
+            ratios = [
+                fuzz.ratio(a, b) if min(len(a), len(b)) > 3 else 100.0 * (a == b)
+                for a, b in zip(said, target)
+            ]
+            if min(ratios) >= 80:
+                near[name] = max(near.get(name, 0.0), sum(ratios) / len(ratios))
+    ranked = sorted(near.items(), key=lambda kv: -kv[1])
+    clear = len(ranked) == 1 or (ranked and ranked[0][1] - ranked[1][1] >= 5)
+    return ranked[0][0] if clear else None
+
+
+def reward_correct(episode: list[Episode], **_) -> list[float]:
+    """1 for the right diagnosis, else 0."""
+    return [float(e.correct) for e in episode]
+
+
+def reward_repeats(episode: list[Episode], **_) -> list[float]:
+    """-0.1 for every question that was already answered."""
+    return [-0.1 * e.repeats for e in episode]
+
+
+def reward_no_diagnosis(episode: list[Episode], **_) -> list[float]:
+    """-0.5 for an episode that ends without a diagnosis."""
+    return [-0.5 * (e.diagnosis is None) for e in episode]
+
+
+def make_partial_reward(bank: Bank, scale: float = 0.5) -> Callable:
+    """Partial credit for a wrong but related diagnosis, from 0 to `scale`.
+
+    Half of `scale` for the same body system, half times the overlap of the findings
+    (sum of the smaller fractions over the sum of the larger, a weighted Jaccard index).
+    """
+
+    def reward_partial(episode: list[Episode], **_) -> list[float]:
+        return [0.0 if e.correct else scale * _nearness(bank, e) for e in episode]
+
+    return reward_partial
+
+
+def _nearness(bank: Bank, e: Episode) -> float:
+    if e.matched is None or e.truth not in bank.index:
+        return 0.0
+    a, b = (bank.listed[bank.index[n]] for n in (e.matched, e.truth))
+    overlap = np.minimum(a, b).sum() / np.maximum(a, b).sum()
+    return 0.5 * (bank[e.matched].system == bank[e.truth].system) + 0.5 * float(overlap)
+
+
+def advantages(rewards: Sequence[float], group: int) -> np.ndarray:
+    """Reward minus the mean of its group, float [n / group, group]: GRPO's advantage
+    without the division by the standard deviation (Dr. GRPO, Liu et al. 2025)."""
+    table = np.asarray(rewards, dtype=float).reshape(-1, group)
+    return table - table.mean(1, keepdims=True)
+
+
+def reward_alarm(rewards: Sequence[float], group: int) -> str | None:
+    """A sentence if these rewards cannot teach anything, else None."""
+    if not np.any(advantages(rewards, group)):
+        same = len(set(rewards)) == 1
+        what = f"the reward is {rewards[0]} everywhere" if same else "no group varies"
+        return f"No learning signal: {what}, so every advantage and the gradient are 0."
+    return None
+
+
+# ----------------------------------------------------- 10. models and training (01, 04)
+def default_model() -> str:
+    """The tiny doctor without a GPU; a real instruct model on one."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    return "unsloth/Qwen2.5-1.5B-Instruct" if gpu else str(DATA / "tiny_doctor")
+
+
+def device_line() -> str:
+    """The machine in one line: GPU and its memory, or CPU cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        used = torch.cuda.max_memory_allocated() / 2**30
+        return f"{card.name}, {card.total_memory / 2**30:.0f} GiB (peak {used:.2f} GiB)"
+    return f"CPU, {os.cpu_count()} cores"
+
+
+def load_doctor(
+    model_name: str | Path | None = None,
+    adapter: str | Path | None = None,
+    lora_rank: int = 16,
+    load_in_4bit: bool = True,
+    max_seq_length: int = 2048,
+    seed: int = 0,
+):
+    """(model, tokenizer) through Unsloth, with LoRA attached.
+
+    Args:
+        adapter: a folder saved by `model.save_pretrained`; its rank is used.
+        lora_rank: rank of fresh LoRA matrices; 0 leaves the model without any.
+    """
+    import torch
+    from unsloth import FastLanguageModel  # before transformers: it patches them
+
+    gpu = torch.cuda.is_available()
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(model_name or default_model()),
+        max_seq_length=max_seq_length,
+        load_in_4bit=load_in_4bit,
+        dtype=None if gpu else torch.float32,  # bfloat16 is slow on most CPUs
+    )
+    if adapter:
+        config = Path(adapter) / "adapter_config.json"
+        if not config.exists():
+            raise FileNotFoundError(
+                f"{config} does not exist. Give the folder of a saved LoRA adapter, or "
+                "train one with notebook 04."
+            )
+        lora_rank = read_json(config)["r"]
+    if lora_rank:
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=lora_rank,
+            lora_alpha=2 * lora_rank,
+            target_modules=LORA_TARGETS,
+            use_gradient_checkpointing="unsloth" if gpu else False,
+            random_state=seed,
+        )
+    if adapter:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+    return model, tokenizer
+
+
+LORA_TARGETS = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+]
+
+
+class ModelDoctor:
+    """A language model as a doctor: samples one turn for each consultation.
+
+    Args:
+        temperature: 0 decodes greedily.
+        batch_size: at most so many conversations go through the model together.
+    """
+
+    def __init__(
+        self,
+        model,
+        chat: ChatTokens,
+        temperature: float = 1.0,
+        max_new_tokens: int = 64,
+        batch_size: int = 256,
+    ):
+        self.model, self.chat = model, chat
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.batch_size = batch_size
+
+    def __call__(self, consultations: list[Consultation]) -> list[list[int]]:
+        ids = [c.ids for c in consultations]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        out: list[list[int]] = [[] for _ in ids]
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            for i, said in zip(chosen, self._generate([ids[i] for i in chosen])):
+                out[i] = said
+        return out
+
+    def _generate(self, batch: list[list[int]]) -> list[list[int]]:
+        import torch
+
+        tokenizer = self.chat.tokenizer
+        width = max(map(len, batch))
+        padded = [[tokenizer.pad_token_id] * (width - len(b)) + b for b in batch]
+        device = self.model.device
+        ids = torch.tensor(padded, device=device)
+        mask = torch.tensor(
+            [[0] * (width - len(b)) + [1] * len(b) for b in batch], device=device
+        )
+        how = (
+            dict(do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0)
+            if self.temperature
+            else dict(do_sample=False)
+        )
+        with torch.inference_mode():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=self.chat.stop_ids,
+                **how,
+            )
+        return [cut_turn(row, self.chat.stop_ids) for row in out[:, width:].tolist()]
+
+
+def cut_turn(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    """`ids` up to and including the first stop token; never empty."""
+    for i, token in enumerate(ids):
+        if token in stop_ids:
+            return list(ids[: i + 1])
+    return list(ids)
+
+
+def make_rollout(bank: Bank, chat: ChatTokens, **options) -> Callable:
+    """TRL's `rollout_func`: plays a batch of consultations with the model in training.
+
+    The dataset's `prompt` column holds case ids. TRL repeats each `num_generations`
+    times, so a whole group meets the same patient. `options` go to Consultation.
+    """
+
+    def rollout(prompts: list[str], trainer) -> dict[str, list]:
+        def doctor(consultations):
+            ids = [c.ids for c in consultations]
+            return trainer._generate_single_turn(ids, None, {}, 1)[0]
+
+        limit = trainer.args.max_completion_length
+        episodes = play(doctor, bank, prompts, chat, max_tokens=limit, **options)
+        return dict(
+            prompt_ids=[e.prompt_ids for e in episodes],
+            completion_ids=[e.completion_ids for e in episodes],
+            env_mask=[e.env_mask for e in episodes],
+            logprobs=None,
+            episode=episodes,
+        )
+
+    return rollout
+
+
+# --------------------------------------------------------------------- 11. evaluation (05)
+def evaluate(
+    doctor: Doctor,
+    bank: Bank,
+    case_ids: Sequence[str],
+    chat: ChatTokens | None = None,
+    progress: bool = False,
+    **options,
+) -> tuple[dict[str, float], list[Episode]]:
+    """Plays the cases; returns the scores and the episodes.
+
+    accuracy comes with its 95% Wilson interval (low, high); questions, repeats and
+    not_understood are means per episode; no_diagnosis is a share.
+    """
+    from scipy.stats import binomtest
+
+    start = time.perf_counter()
+    episodes = play(doctor, bank, case_ids, chat, progress, **options)
+    n, right = len(episodes), sum(e.correct for e in episodes)
+    interval = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    scores = dict(
+        n=n,
+        accuracy=right / n,
+        low=float(interval.low),
+        high=float(interval.high),
+        questions=float(np.mean([e.questions for e in episodes])),
+        repeats=float(np.mean([e.repeats for e in episodes])),
+        not_understood=float(np.mean([e.not_understood for e in episodes])),
+        no_diagnosis=float(np.mean([e.diagnosis is None for e in episodes])),
+        seconds=time.perf_counter() - start,
+    )
+    return scores, episodes

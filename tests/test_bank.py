@@ -1,0 +1,145 @@
+"""The disease bank: its content, the loader's errors, the split, DDXPlus."""
+
+import json
+
+import numpy as np
+import pytest
+
+import grpodx_utils as gx
+
+
+def test_the_bank_has_what_the_card_says(bank):
+    assert len(bank.diseases) >= 60
+    assert len({d.system for d in bank.diseases}) >= 8
+    assert len(bank.symptoms) >= 100
+    for d in bank.diseases:
+        assert 6 <= len(d.findings) <= 16, d.name
+        assert d.aliases and d.icd10 and d.red_flags and d.onset in gx.SINCE, d.name
+        assert "https://" in d.source, d.name
+
+
+def test_no_chief_complaint_identifies_a_disease(bank):
+    for s in bank.symptoms:
+        p = gx.belief(bank, [{s: True}])[0]
+        possible = (bank.complaint_rates[:, bank.column[s]] > 0.01).sum()
+        assert possible != 1 and (possible == 0 or p.max() < 0.9), s
+
+
+def test_no_two_diseases_are_alike(bank):
+    rates = bank.rates
+    for i in range(len(rates)):
+        gap = np.abs(rates - rates[i]).max(1)
+        gap[i] = 1
+        assert gap.min() >= 0.5, (bank.names[i], bank.names[int(gap.argmin())])
+
+
+def test_rates_have_no_zero_and_complaints_sum_to_one(bank):
+    assert bank.rates.min() >= gx.BACKGROUND and bank.rates.max() <= 1 - gx.BACKGROUND
+    assert np.allclose(bank.complaint_rates.sum(1), 1)
+
+
+GOOD = [
+    {"disease_name": "A", "symptoms": {"fever": True, "rash": 0.6}},
+    {"disease_name": "B", "symptoms": {"fever": 0.9, "headache": 0.7}},
+]
+
+
+def changed(**changes):
+    records = json.loads(json.dumps(GOOD))
+    records[1].update(changes)
+    return records
+
+
+@pytest.mark.parametrize(
+    "records, says",
+    [
+        ([], "non-empty list"),
+        ({"disease_name": "A"}, "non-empty list"),
+        ([3], "disease 1: expected an object"),
+        (changed(disease_name=""), "disease 2"),
+        (changed(disease_name="A"), "already used"),
+        (changed(aliases=["a"]), "already used by A"),
+        (changed(aliases="flu"), '"aliases" must be a list'),
+        (changed(symptoms={}), "B: \"symptoms\" must be"),
+        (changed(symptoms={"fevr": True}), "B: unknown symptom 'fevr'. Did you mean 'fever'"),
+        (changed(symptoms={"fever": "yes"}), "B: 'fever' is 'yes'"),
+        (changed(symptoms={"fever": 1.2}), "B: 'fever' is 1.2"),
+        (changed(symptoms={"fever": float("nan")}), "B: 'fever' is nan"),
+        (changed(symptoms={"fever": None}), "B: 'fever' is None"),
+        (changed(symptoms={"fever": 1, "rash": 0.9}), "same as A's"),
+        (changed(symptoms={"headache": 1}), "chief complaint gives it away"),
+        (changed(age=[50, 20]), '"age" must be'),
+    ],
+)
+def test_every_fault_gets_one_clear_error(tmp_path, records, says):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(records))
+    with pytest.raises(gx.BankError) as error:
+        gx.load_bank(path)
+    assert says in str(error.value) and "mine.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, says", [("", "empty"), ("[{,}]", "line 1"), (None, "cannot be read")]
+)
+def test_unreadable_files(tmp_path, text, says):
+    path = tmp_path / "bank.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(gx.BankError, match=says):
+        gx.load_bank(path)
+
+
+def test_true_is_one_false_is_absent(tmp_path):
+    path = tmp_path / "bank.json"
+    records = changed(symptoms={"fever": True, "headache": 0.5, "rash": False})
+    path.write_text(json.dumps(records))
+    assert gx.load_bank(path)["B"].findings == {"fever": 1.0, "headache": 0.5}
+
+
+def test_lexicon_errors_name_the_symptom(tmp_path):
+    path = tmp_path / "symptoms.json"
+    path.write_text('{"symptoms": {"fever": {"question": "Fever?"}}}')
+    with pytest.raises(gx.BankError, match="'fever' lacks complaint, yes, no"):
+        gx.load_lexicon(path)
+
+
+def test_split_is_stratified_and_fixed(bank):
+    train, withheld = gx.split_bank(bank)
+    assert set(train) | set(withheld) == set(bank.names)
+    assert not set(train) & set(withheld)
+    assert (train, withheld) == gx.split_bank(bank)
+    assert withheld != gx.split_bank(bank, seed=1)[1]
+    systems = {bank[n].system for n in bank.names}
+    assert {bank[n].system for n in withheld} == systems
+
+
+def test_ddxplus_format(tmp_path):
+    evidences = {
+        "E_1": {"question_en": "Do you have a fever?", "data_type": "B"},
+        "E_2": {"question_en": "Do you have a cough?", "data_type": "B"},
+        "E_3": {"question_en": "Where is the pain?", "data_type": "M"},
+    }
+    conditions = {
+        "Grippe": {
+            "condition_name": "Grippe", "cond-name-eng": "Flu", "icd10-id": "J11",
+            "symptoms": {"E_1": {}, "E_2": {}}, "antecedents": {}, "severity": 3,
+        },
+        "Angine": {
+            "condition_name": "Angine", "cond-name-eng": "Sore throat",
+            "icd10-id": "J02", "symptoms": {"E_1": {}}, "antecedents": {"E_3": {}},
+        },
+    }  # fmt: skip
+    (tmp_path / "e.json").write_text(json.dumps(evidences))
+    (tmp_path / "c.json").write_text(json.dumps(conditions))
+    bank = gx.load_bank(tmp_path / "c.json", evidences=tmp_path / "e.json")
+    assert bank.names == ["Flu", "Sore throat"] and bank["Flu"].aliases == ("Grippe",)
+    scores, _ = gx.evaluate(gx.BayesDoctor(bank), bank, gx.sample_cases(bank.names, 50))
+    assert scores["accuracy"] > 0.9
+    with pytest.raises(gx.BankError, match="evidences="):
+        gx.load_bank(tmp_path / "c.json")
+    del evidences["E_3"]
+    (tmp_path / "e.json").write_text(json.dumps(evidences))
+    with pytest.raises(gx.BankError, match="Angine: evidence E_3"):
+        gx.load_bank(tmp_path / "c.json", evidences=tmp_path / "e.json")

@@ -1,0 +1,129 @@
+"""One loop for all doctors: turns, limits, reasoning, and who may end an episode."""
+
+import pytest
+
+import grpodx_utils as gx
+
+
+class Script:
+    """A doctor that says its lines in order (the last one again and again)."""
+
+    def __init__(self, *lines):
+        self.lines = lines
+
+    def __call__(self, consultations):
+        return [
+            self.lines[min(len(c.turns), len(self.lines) - 1)] for c in consultations
+        ]
+
+
+CASE = "Influenza|canonical|2"
+
+
+@pytest.mark.parametrize(
+    "text, spoken, diagnosis",
+    [
+        ("Do you cough?", "Do you cough?", None),
+        ("Final diagnosis: Influenza.", "Final diagnosis: Influenza.", "Influenza"),
+        ("FINAL DIAGNOSIS - the flu", "FINAL DIAGNOSIS - the flu", "the flu"),
+        ("**Final diagnosis:** Gout", "**Final diagnosis:** Gout", "Gout"),
+        ("The final diagnosis is gout. Rest.", None, "gout"),
+        ("<reason>Final diagnosis: x</reason>Do you cough?", "Do you cough?", None),
+        ("<think>a<reason>b</reason>c</think>Hi", "Hi", None),
+        ("<reasoning>never closed. Final diagnosis: x", "", None),
+        ("stray</reason> Any pain?", "stray Any pain?", None),
+        ("Final diagnosis:", "Final diagnosis:", None),
+        ("", "", None),
+    ],
+)
+def test_read_turn(text, spoken, diagnosis):
+    turn = gx.read_turn(text)
+    assert turn.diagnosis == diagnosis and turn.text == text
+    if spoken is not None:
+        assert turn.spoken == spoken
+
+
+def test_reasoning_is_kept_but_not_spoken():
+    turn = gx.read_turn("<reason>maybe flu</reason> Do you have a fever?")
+    assert turn.reasoning == "maybe flu" and "flu" not in turn.spoken
+
+
+def test_budget_and_last_turn(bank):
+    (e,) = gx.play(Script("Do you have a fever?"), bank, [CASE], max_questions=3)
+    assert e.ended == "no diagnosis" and e.questions == 3 and e.diagnosis is None
+    assert [gx.LAST_TURN in r for r in e.replies] == [False, False, True]
+    assert e.repeats == 2 + ("fever" in gx.read_evidence(bank, "", e.opening))
+
+
+def test_zero_questions_asks_for_the_diagnosis_at_once(bank):
+    (e,) = gx.play(Script("Final diagnosis: flu"), bank, [CASE], max_questions=0)
+    assert gx.LAST_TURN in e.opening and e.correct and e.questions == 0
+
+
+def test_early_diagnosis_ends_the_episode(bank):
+    doctor = Script("Any rash?", "Final diagnosis: common cold")
+    (e,) = gx.play(doctor, bank, [CASE])
+    assert e.ended == "diagnosis" and e.matched == "Common cold" and not e.correct
+    assert e.questions == 1 and len(e.replies) == 1
+
+
+def test_a_patient_cannot_end_an_episode(bank):
+    class Sly:
+        def opening(self):
+            return "Final diagnosis: Influenza <reason>"
+
+        def reply(self, question):
+            return "Final diagnosis: Gout</reason>"
+
+    c = gx.Consultation(bank, Sly())
+    c.step("Do you cough?")
+    assert not c.done and c.turns[0].diagnosis is None
+
+
+def test_an_ended_consultation_refuses_more(bank):
+    c = gx.Consultation(bank, gx.ScriptedPatient(bank, gx.make_case(bank, CASE)))
+    c.step("Final diagnosis: flu")
+    with pytest.raises(RuntimeError, match="ended"):
+        c.step("Do you cough?")
+
+
+def test_order_is_kept_when_episodes_end_at_different_turns(bank):
+    ids = gx.sample_cases(bank.names, 20, seed=1)
+
+    def doctor(consultations):
+        return [
+            "Final diagnosis: gout" if len(c.turns) >= len(c.opening) % 4 else "Fever?"
+            for c in consultations
+        ]
+
+    episodes = gx.play(doctor, bank, ids)
+    assert [e.case_id for e in episodes] == ids
+    assert {e.questions for e in episodes} >= {0, 1, 2}
+
+
+def test_candidates_are_listed_only_on_request(bank):
+    patient = gx.ScriptedPatient(bank, gx.make_case(bank, CASE))
+    assert "Gout" not in gx.Consultation(bank, patient).system
+    assert "Gout" in gx.Consultation(bank, patient, list_diseases=True).system
+
+
+def test_bayes_is_the_ceiling_and_random_the_floor(bank):
+    ids = gx.sample_cases(bank.names, 400, seed=8)
+    best, _ = gx.evaluate(gx.BayesDoctor(bank), bank, ids)
+    floor, episodes = gx.evaluate(gx.BayesDoctor(bank, ask="random"), bank, ids)
+    assert best["low"] > floor["high"] + 0.2
+    assert best["repeats"] == floor["repeats"] == 0
+    assert all(len(e.evidence) == 6 for e in episodes)
+
+
+def test_belief_is_bayes_rule_by_hand(bank):
+    p = gx.belief(bank, [{"fever": True, "rash": False}])[0]
+    i, j = bank.column["fever"], bank.column["rash"]
+    by_hand = bank.complaint_rates[:, i] * (1 - bank.rates[:, j])
+    assert abs(p - by_hand / by_hand.sum()).max() < 1e-12
+
+
+def test_transcripts_survive_saving(bank, tmp_path):
+    episodes = gx.play(gx.BayesDoctor(bank), bank, gx.sample_cases(bank.names, 5))
+    gx.save_transcripts(episodes, tmp_path / "deep" / "t.jsonl")
+    assert gx.load_transcripts(tmp_path / "deep" / "t.jsonl") == episodes

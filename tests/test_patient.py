@@ -1,0 +1,137 @@
+"""Cases and the scripted patient: truth, consistency, free-form questions."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grpodx_utils as gx
+
+QUESTIONS = json.loads(
+    (Path(__file__).parent / "paraphrased_questions.json").read_text("utf-8")
+)
+
+
+def test_paraphrased_questions_are_understood(bank):
+    """The 150 questions were written before the matcher and are never tuned on."""
+    assert len(QUESTIONS) == 150
+    wrong = [
+        (q["question"], q["symptoms"], bank.lexicon.find(q["question"]))
+        for q in QUESTIONS
+        if set(bank.lexicon.find(q["question"])) != set(q["symptoms"])
+    ]
+    assert len(wrong) <= 15, f"{150 - len(wrong)} of 150 right; wrong: {wrong}"
+
+
+def test_own_questions_and_answers_are_understood(bank):
+    for s in bank.lexicon.symptoms.values():
+        assert bank.lexicon.find(s.question) == (s.name,)
+        for text, present in ((s.yes, True), (s.no, False), (s.complaint, True)):
+            assert gx.read_evidence(bank, s.question, text) == {s.name: present}
+
+
+def test_a_case_id_says_it_all(bank):
+    for mode in gx.MODES:
+        for case_id in gx.sample_cases(bank.names, 30, seed=3, mode=mode):
+            case = gx.make_case(bank, case_id)
+            assert case == gx.make_case(gx.load_bank(), case_id)
+            assert case.complaint in case.findings
+            assert case.disease.age[0] <= case.age <= case.disease.age[1]
+
+
+def test_canonical_cases_are_the_dictionary(bank):
+    for name in bank.names:
+        case = gx.make_case(bank, f"{name}|canonical|1")
+        listed = bank[name].findings
+        assert case.findings == {s for s, share in listed.items() if share >= 0.5}
+
+
+def test_sampled_findings_follow_the_fractions(bank):
+    n = 600
+    cases = [gx.make_case(bank, f"Influenza|sampled|{i}") for i in range(n)]
+    for symptom, share in bank["Influenza"].findings.items():
+        asked = [c for c in cases if c.complaint != symptom]
+        seen = sum(symptom in c.findings for c in asked) / len(asked)
+        expected = min(share, 1 - gx.BACKGROUND)
+        assert abs(seen - expected) < 0.09, (symptom, share, seen)
+
+
+@pytest.mark.parametrize("bad", ["", "Influenza", "Nope|sampled|1", "Influenza|odd|1"])
+def test_bad_case_ids(bank, bad):
+    with pytest.raises(ValueError, match="case id"):
+        gx.make_case(bank, bad)
+
+
+def test_sample_cases_is_even_and_fixed(bank):
+    ids = gx.sample_cases(bank.names, 2 * len(bank.names), seed=5)
+    names = [i.split("|")[0] for i in ids]
+    assert all(names.count(n) == 2 for n in bank.names) and len(set(ids)) == len(ids)
+    assert ids == gx.sample_cases(bank.names, 2 * len(bank.names), seed=5)
+
+
+@pytest.fixture
+def flu(bank):
+    return gx.ScriptedPatient(bank, gx.make_case(bank, "Influenza|canonical|2"))
+
+
+def test_answers(bank, flu):
+    assert flu.opening() == bank.lexicon.symptoms[flu.case.complaint].complaint
+    assert flu.reply("Have you been running a temperature?") == "Yes, I have a fever."
+    assert flu.reply("You don't have a fever, do you?") == "Yes, I have a fever."
+    both = flu.reply("Any fever, or a rash?")
+    assert both.startswith("Yes, I have a fever.") and "No" in both
+    assert flu.reply("What was your blood pressure?") == gx.UNSURE
+    assert flu.reply("Colourless green ideas?") == gx.UNSURE
+    assert flu.reply("") == gx.UNSURE
+    assert str(flu.case.age) in flu.reply("How old are you?")
+    assert "ago" in flu.reply("How long have you had this?")
+    assert flu.reply("Are you male or female?") in ("I am a man.", "I am a woman.")
+
+
+def test_anything_else_volunteers_one_finding_once(bank, flu):
+    more = flu.reply("Is there anything else bothering you?")
+    told = gx.read_evidence(bank, "", more)
+    assert len(told) == 1 and set(told) <= flu.case.findings - {flu.case.complaint}
+    assert flu.reply("Any other symptoms?") == gx.NOTHING_ELSE
+
+
+def test_heavy_periods_and_prostate_fit_the_sex(bank):
+    for case_id in gx.sample_cases(bank.names, 400, seed=9):
+        case = gx.make_case(bank, case_id)
+        if "heavy periods" in case.findings:
+            assert case.sex == "female"
+        elif case.disease.sex:
+            assert case.sex == case.disease.sex
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 85), st.integers(0, 10_000), st.text(max_size=80))
+def test_patient_is_truthful_consistent_and_never_names_the_disease(row, seed, noise):
+    bank = BANK
+    case = gx.make_case(bank, f"{bank.names[row]}|sampled|{seed}")
+    patient = gx.ScriptedPatient(bank, case)
+    said = [patient.opening(), patient.reply(noise)]
+    for symptom in bank.symptoms[:: 1 + seed % 7]:
+        reply = patient.reply(bank.lexicon.symptoms[symptom].question)
+        told = gx.read_evidence(bank, "", reply)
+        assert told == {symptom: symptom in case.findings}
+        said.append(reply)
+        assert patient.reply(bank.lexicon.symptoms[symptom].question) == reply
+    spoken = f" {' '.join(' '.join(gx.words(s)) for s in said)} "
+    assert f" {' '.join(gx.words(case.disease.name))} " not in spoken
+
+
+BANK = gx.load_bank()
+
+
+def test_free_text_answers_are_read(bank):
+    read = lambda question, answer: gx.read_evidence(bank, question, answer)  # noqa: E731
+    assert read("Do you have a fever?", "yeah, since Monday") == {"fever": True}
+    assert read("Do you have a fever?", "Nope") == {"fever": False}
+    assert read("", "I've got a splitting headache but no fever") == {
+        "headache": True,
+        "fever": False,
+    }
+    assert read("Do you have a fever?", "I like trains") == {}

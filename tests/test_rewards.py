@@ -1,0 +1,77 @@
+"""The grader and the rewards."""
+
+import numpy as np
+import pytest
+
+import grpodx_utils as gx
+
+
+@pytest.mark.parametrize(
+    "text, disease",
+    [
+        ("flu", "Influenza"),
+        ("the flu", "Influenza"),
+        ("Influenca", "Influenza"),
+        ("INFLUENZA!", "Influenza"),
+        ("a cold", "Common cold"),
+        ("Meniere's disease", "Ménière disease"),
+        ("probable heart attack", "Myocardial infarction"),
+        ("hypothyroidsm", "Hypothyroidism"),
+        ("COVID 19", "COVID-19"),
+        ("type 1 diabetes", "Type 1 diabetes"),
+        ("not influenza", None),
+        ("influenza or a cold", None),
+        ("flu is unlikely", None),
+        ("hepatitis B", None),
+        ("type 3 diabetes", None),
+        ("", None),
+        ("NAME", None),
+    ],
+)
+def test_match_disease(bank, text, disease):
+    assert gx.match_disease(bank, text) == disease
+
+
+def test_every_name_and_alias_is_its_own_disease(bank):
+    for d in bank.diseases:
+        for spelling in (d.name, *d.aliases, d.name.upper()):
+            assert gx.match_disease(bank, spelling) == d.name
+
+
+def episode(bank, *lines, case="Influenza|canonical|2"):
+    def doctor(consultations):
+        return [lines[len(c.turns)] for c in consultations]
+
+    return gx.play(doctor, bank, [case], max_questions=len(lines) - 1)[0]
+
+
+def test_rewards(bank):
+    right = episode(bank, "Final diagnosis: flu")
+    wrong = episode(bank, "Final diagnosis: gout")
+    near = episode(bank, "Final diagnosis: common cold")
+    silent = episode(bank, "Hello?")
+    again = episode(bank, "Any hives?", "Hives?", "Hives?", "Final diagnosis: flu")
+    every = [right, wrong, near, silent, again]
+    assert gx.reward_correct(every) == [1, 0, 0, 0, 1]
+    assert gx.reward_no_diagnosis(every) == [0, 0, 0, -0.5, 0]
+    assert gx.reward_repeats(every) == [0, 0, 0, 0, -0.2]
+    partial = gx.make_partial_reward(bank, scale=0.5)(every)
+    assert partial[0] == partial[3] == 0 < partial[1] < partial[2] <= 0.5
+
+
+def test_rewards_accept_what_trl_passes(bank):
+    e = episode(bank, "Final diagnosis: flu")
+    extra = dict(prompts=["x"], completions=["y"], completion_ids=[[1]], log_metric=print)
+    assert gx.reward_correct(episode=[e], **extra) == [1.0]
+
+
+def test_advantages_by_hand():
+    table = gx.advantages([1, 0, 0, 1, 0, 0, 0, 0], group=4)
+    assert table.tolist() == [[0.5, -0.5, -0.5, 0.5], [0, 0, 0, 0]]
+    assert np.allclose(table.sum(1), 0)
+
+
+def test_alarm():
+    assert gx.reward_alarm([1, 0, 1, 1], 2) is None
+    assert "0 everywhere" in gx.reward_alarm([0, 0, 0, 0], 2)
+    assert "no group varies" in gx.reward_alarm([1, 1, 0, 0], 2)
