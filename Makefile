@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test notebooks colab-links clean
+export REPO
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,3 +30,35 @@ $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
 	@echo "  tests/requirements.txt"
 	$(PIP) -r tests/requirements.txt
 	touch $@
+
+demo: $(VENV)/.installed  ## run notebooks 01 to 06 for real and print what came out
+	@mkdir -p runs
+	for nb in notebooks/0[1-6]_*.ipynb; do
+	  name=$$(basename $$nb .ipynb)
+	  echo "== $$name"
+	  $(BIN)/papermill --progress-bar --no-log-output $$nb runs/$$name.ipynb
+	  $(BIN)/jupyter nbconvert --log-level ERROR --to html --output $$name runs/$$name.ipynb
+	done
+	$(BIN)/python -c 'import grpodx_utils as gx; gx.print_summary()'
+
+test: $(VENV)/.installed-tests  ## lint, unit tests, notebook gates, nbval, browser test
+	@echo "== lint"; $(BIN)/ruff check . ; $(BIN)/ruff format --check .
+	echo "== unit tests and notebook gates"
+	$(BIN)/python -m pytest tests -m "not browser"
+	echo "== every notebook, small sizes"
+	GRPODX_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=900 notebooks
+	echo "== the chat in a browser"
+	GRPODX_SMOKE=1 $(BIN)/python -m pytest tests -m browser
+
+notebooks: $(VENV)/.installed  ## open JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+colab-links:  ## rewrite badges and clone lines: make colab-links REPO=owner/name
+	@[[ "$${REPO:-}" == */* ]] || { echo "usage: make colab-links REPO=owner/name"; exit 2; }
+	old=$$(sed -n 's/^repo = "\(.*\)"/\1/p' pyproject.toml)
+	sed -i "s|$$old|$$REPO|g" pyproject.toml README.md notebooks/*.ipynb
+	echo "$$old -> $$REPO in pyproject.toml, README.md and notebooks/"
+
+clean:  ## remove what runs made (not .venv)
+	rm -rf runs unsloth_compiled_cache notebooks/unsloth_compiled_cache .pytest_cache .ruff_cache

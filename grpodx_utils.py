@@ -51,7 +51,7 @@ STOP_WORDS = frozenset(
         "havent hasnt hadnt get gets got getting feel feels felt feeling notice noticed "
         "ever lately recently it its that this these those there by as so if when while "
         "than then about can could would will may might please also just very really "
-        "quite at all still now"
+        "quite at all still now they them"
     ).split()
 )
 
@@ -112,9 +112,7 @@ class Lexicon:
         heads = {(n, tuple(self._head.get(w, w) for w in p)) for n, p in split}
         self._phrases = sorted(heads)
         self._by_word: dict[str, list[int]] = defaultdict(list)
-        self._words_of: dict[str, set[str]] = defaultdict(set)
         for i, (name, phrase) in enumerate(self._phrases):
-            self._words_of[name].update(phrase)
             for w in phrase:
                 self._by_word[w].append(i)
         self._alike = lru_cache(maxsize=50_000)(self._find_alike)
@@ -134,18 +132,21 @@ class Lexicon:
     def _find(self, text: str) -> tuple[str, ...]:
         """Names of the symptoms that `text` mentions, in its order; () if none."""
         asked = [p for p in re.split(r"(?<=[?.!])\s+", text) if p.endswith("?")]
-        found = self._find_in(" ".join(asked)) if asked else ()
-        return found or self._find_in(text)
+        for said in (POLITE.sub(" ", " ".join(asked)), POLITE.sub(" ", text), text):
+            if found := self._find_in(said):
+                return found
+        return ()
 
     def _find_in(self, text: str) -> tuple[str, ...]:
         said: list[str] = []  # content words
         part: list[int] = []  # the part of the sentence that each stands in
         item: list[int] = []  # the same, parts being divided by "and" and "or" only
         number = items = 0
-        for piece in re.split(r"([,;.:?!–—]+|\b(?:and|or)\b)", text):
-            if piece in ("and", "or") or re.match("[;.:?!,–—]", piece):
+        listed = re.search(r",[^.?!;:]*\b(?:and|or)\b", text) is not None
+        for i, piece in enumerate(BREAK.split(text)):
+            if i % 2:
                 number += 1
-                items += piece in ("and", "or")
+                items += piece[0].isalpha() or listed and piece == ","
                 continue
             content = [w for w in words(piece) if w not in STOP_WORDS]
             said += content
@@ -165,10 +166,11 @@ class Lexicon:
                 near = spots[-1] - spots[0] + across <= len(phrase) + 2
                 if near and len(spots) == len(found):
                     length = sum(len(said[s]) for s in spots)
-                    hits.append((across - len(spots), -length, name, spots))
-        return self._choose(sorted(hits), said, part, item)
+                    joins = item[spots[-1]] - item[spots[0]]
+                    hits.append((across - len(spots), joins, -length, name, spots))
+        return self._choose(sorted(hits), part, item)
 
-    def _choose(self, hits, said, part, item) -> tuple[str, ...]:
+    def _choose(self, hits, part, item) -> tuple[str, ...]:
         """Keeps the best hits: each with words and a part of the sentence of its own."""
         chosen: dict[str, list[int]] = {}
         for sharing in (False, True):
@@ -176,7 +178,11 @@ class Lexicon:
                 if name in chosen:
                     continue
                 general = self.symptoms[name].kind_of if name else ()
-                rivals = {n: c for n, c in chosen.items() if n not in general}
+                rivals = {
+                    n: c
+                    for n, c in chosen.items()
+                    if n not in general or set(spots) < set(c)
+                }
                 taken = {s for c in rivals.values() for s in c}
                 own = [s for s in spots if s not in taken]
                 if not sharing:
@@ -187,23 +193,21 @@ class Lexicon:
                     fits = apart and len(own) == len(spots)
                 else:  # "bleeding from the gums or the nose"
                     others = [n for n, c in rivals.items() if set(c) & set(spots)]
-                    known = {w for n in others for w in self._words_of[n]}
+                    known = {s for *_, n, c in hits if n in others for s in c}
                     theirs = {
                         item[s] for n in others for s in rivals[n] if s not in spots
                     }
                     fits = (
                         len(spots) <= 3
                         and others
-                        and any(
-                            item[s] not in theirs and not self._alike(said[s]) & known
-                            for s in own
-                        )
+                        and any(item[s] not in theirs and s not in known for s in own)
                     )
                 if fits:
                     chosen[name] = spots
         for name in [n for n in chosen if n]:
-            for wide in self.symptoms[name].kind_of if name in chosen else ():
-                if wide in chosen and item[chosen[name][0]] == item[chosen[wide][0]]:
+            parts = {item[s] for *_, n, c in hits if n == name for s in c}
+            for wide in self.symptoms[name].kind_of:
+                if wide in chosen and item[chosen[wide][0]] in parts:
                     del chosen[wide]
         return tuple(sorted((n for n in chosen if n), key=lambda n: chosen[n][0]))
 
@@ -217,6 +221,19 @@ def _inflected(a: str, b: str) -> bool:
     return long.startswith(stem) and long[len(stem) :] in ENDINGS
 
 
+# What divides a question into parts; the words divide it into items as well.
+BREAK = re.compile(
+    r"([,;:.?!–—]+|\s-\s|\b(?:and|or|with|plus|along|although|though|but|yet|nor|as well as)\b)",
+    re.IGNORECASE,
+)
+# Polite words, and what follows them in the clause, name no symptom.
+POLITE = re.compile(
+    r"\b(?:sorry|forgive|apologi[sz]e|thank|patients?|embarrass\w*|personal|appreciate|reali[sz]e"
+    r"|i (?:hope|know|understand|can see)|(?:you|n['’]?t) mind|don['’]?t worry"
+    r"|to (?:worry|alarm|trouble|bother) you)\b"
+    r"(?:(?!\b(?:but|if|whether|any|(?:do|are|have) you)\b)[^,;:.?!–—])*",
+    re.IGNORECASE,
+)
 ENDINGS = frozenset(
     "s es d ed ing ings er y ies ied e n en".split()
 )
@@ -1402,3 +1419,33 @@ def evaluate(
         seconds=time.perf_counter() - start,
     )
     return scores, episodes
+
+
+def save_result(result: Mapping, path: str | Path, command: str, seed: int) -> Path:
+    """Writes figures as JSON together with what they depend on: machine, versions,
+    the command that made them, and the seed."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "trl", "unsloth")
+    origin = dict(
+        machine=device_line(),
+        versions={name: version(name) for name in packages},
+        command=command,
+        seed=seed,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**result, "origin": origin}, indent=1) + "\n")
+    return path
+
+
+def print_summary() -> None:
+    """What `make demo` prints last: where to look, and before against after."""
+    result = read_json(RUNS / "04_results.json")
+    rows = [(f"{k}, {d}", result[k][d]) for k in ("before", "after") for d in result[k]]
+    rows.append(("Bayes ceiling", result["bayes"]))
+    print(f"\nNotebook 04 on {result['origin']['machine']}: new patients, accuracy")
+    for label, s in rows:
+        share = f"{s['accuracy']:6.1%}  (95% interval {s['low']:.1%} to {s['high']:.1%})"
+        print(f"  {label:18}{share}  {s['questions']:.1f} questions, n={s['n']:.0f}")
+    print("Plots: open runs/*.html (05_evaluation.html compares all doctors).")
