@@ -101,9 +101,7 @@ class Lexicon:
         self.sentences = {}
         for s in symptoms:
             said = ((s.yes, True), (s.no, False), (s.complaint, True))
-            self.sentences |= {
-                " ".join(words(t)): (s.name, present) for t, present in said
-            }
+            self.sentences |= {" ".join(words(t)): (s.name, present) for t, present in said}
         self._head = {w: group[0] for group in synonyms for w in group}
         phrases = [(s.name, p) for s in symptoms for p in (s.name, s.question, *s.ask)]
         phrases += [("", p) for p in unknown]
@@ -112,7 +110,9 @@ class Lexicon:
         heads = {(n, tuple(self._head.get(w, w) for w in p)) for n, p in split}
         self._phrases = sorted(heads)
         self._by_word: dict[str, list[int]] = defaultdict(list)
+        self._words_of: dict[str, set[str]] = defaultdict(set)
         for i, (name, phrase) in enumerate(self._phrases):
+            self._words_of[name].update(phrase)
             for w in phrase:
                 self._by_word[w].append(i)
         self._alike = lru_cache(maxsize=50_000)(self._find_alike)
@@ -132,21 +132,20 @@ class Lexicon:
     def _find(self, text: str) -> tuple[str, ...]:
         """Names of the symptoms that `text` mentions, in its order; () if none."""
         asked = [p for p in re.split(r"(?<=[?.!])\s+", text) if p.endswith("?")]
-        for said in (POLITE.sub(" ", " ".join(asked)), POLITE.sub(" ", text), text):
-            if found := self._find_in(said):
-                return found
-        return ()
+        found = self._find_in(" ".join(asked)) if asked else ()
+        return found or self._find_in(text)
 
     def _find_in(self, text: str) -> tuple[str, ...]:
         said: list[str] = []  # content words
         part: list[int] = []  # the part of the sentence that each stands in
         item: list[int] = []  # the same, parts being divided by "and" and "or" only
         number = items = 0
-        listed = re.search(r",[^.?!;:]*\b(?:and|or)\b", text) is not None
-        for i, piece in enumerate(BREAK.split(text)):
-            if i % 2:
+        for piece in re.split(
+            r"([,;.:?!–—]+|\b(?:and|or|plus|although|though|but)\b)", text
+        ):
+            if piece in JOINS or re.match("[;.:?!,–—]", piece):
                 number += 1
-                items += piece[0].isalpha() or listed and piece == ","
+                items += piece in JOINS
                 continue
             content = [w for w in words(piece) if w not in STOP_WORDS]
             said += content
@@ -166,11 +165,10 @@ class Lexicon:
                 near = spots[-1] - spots[0] + across <= len(phrase) + 2
                 if near and len(spots) == len(found):
                     length = sum(len(said[s]) for s in spots)
-                    joins = item[spots[-1]] - item[spots[0]]
-                    hits.append((across - len(spots), joins, -length, name, spots))
-        return self._choose(sorted(hits), part, item)
+                    hits.append((across - len(spots), -length, name, spots))
+        return self._choose(sorted(hits), said, part, item)
 
-    def _choose(self, hits, part, item) -> tuple[str, ...]:
+    def _choose(self, hits, said, part, item) -> tuple[str, ...]:
         """Keeps the best hits: each with words and a part of the sentence of its own."""
         chosen: dict[str, list[int]] = {}
         for sharing in (False, True):
@@ -193,14 +191,15 @@ class Lexicon:
                     fits = apart and len(own) == len(spots)
                 else:  # "bleeding from the gums or the nose"
                     others = [n for n, c in rivals.items() if set(c) & set(spots)]
-                    known = {s for *_, n, c in hits if n in others for s in c}
-                    theirs = {
-                        item[s] for n in others for s in rivals[n] if s not in spots
-                    }
+                    known = {w for n in others for w in self._words_of[n]}
+                    theirs = {item[s] for n in others for s in rivals[n] if s not in spots}
                     fits = (
                         len(spots) <= 3
                         and others
-                        and any(item[s] not in theirs and s not in known for s in own)
+                        and any(
+                            item[s] not in theirs and not self._alike(said[s]) & known
+                            for s in own
+                        )
                     )
                 if fits:
                     chosen[name] = spots
@@ -221,22 +220,8 @@ def _inflected(a: str, b: str) -> bool:
     return long.startswith(stem) and long[len(stem) :] in ENDINGS
 
 
-# What divides a question into parts; the words divide it into items as well.
-BREAK = re.compile(
-    r"([,;:.?!–—]+|\s-\s|\b(?:and|or|with|plus|along|although|though|but|yet|nor|as well as)\b)",
-    re.IGNORECASE,
-)
-# Polite words, and what follows them in the clause, name no symptom.
-POLITE = re.compile(
-    r"\b(?:sorry|forgive|apologi[sz]e|thank|patients?|embarrass\w*|personal|appreciate|reali[sz]e"
-    r"|i (?:hope|know|understand|can see)|(?:you|n['’]?t) mind|don['’]?t worry"
-    r"|to (?:worry|alarm|trouble|bother) you)\b"
-    r"(?:(?!\b(?:but|if|whether|any|(?:do|are|have) you)\b)[^,;:.?!–—])*",
-    re.IGNORECASE,
-)
-ENDINGS = frozenset(
-    "s es d ed ing ings er y ies ied e n en".split()
-)
+JOINS = frozenset("and or plus although though but".split())
+ENDINGS = frozenset("s es d ed ing ings er y ies ied e n en".split())
 
 
 def _closest(spots: list[list[int]]) -> list[int]:
@@ -318,9 +303,7 @@ class Bank:
     def spellings(self) -> dict[str, str]:
         """Every normalised name and alias -> disease name."""
         return {
-            " ".join(words(a)): d.name
-            for d in self.diseases
-            for a in (d.name, *d.aliases)
+            " ".join(words(a)): d.name for d in self.diseases for a in (d.name, *d.aliases)
         }
 
     def __getitem__(self, name: str) -> Disease:
@@ -337,9 +320,7 @@ def read_json(path: str | Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as e:
-        raise BankError(
-            f"{path}: cannot be read ({e.strerror}). Check the path."
-        ) from e
+        raise BankError(f"{path}: cannot be read ({e.strerror}). Check the path.") from e
     if not text.strip():
         raise BankError(f"{path}: the file is empty. Restore it, or give another path.")
     try:
@@ -359,22 +340,16 @@ def load_lexicon(path: str | Path = DATA / "symptoms.json") -> Lexicon:
     symptoms = []
     for name, entry in raw["symptoms"].items():
         lacks = [
-            k
-            for k in ("question", "complaint", "yes", "no")
-            if not (entry or {}).get(k)
+            k for k in ("question", "complaint", "yes", "no") if not (entry or {}).get(k)
         ]
         if lacks:
-            raise BankError(
-                f"{path}: symptom '{name}' lacks {', '.join(lacks)}. Add it."
-            )
+            raise BankError(f"{path}: symptom '{name}' lacks {', '.join(lacks)}. Add it.")
         entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
         symptoms.append(Symptom(name, **entry))
     return Lexicon(symptoms, raw.get("unknown", ()), raw.get("synonyms", ()))
 
 
-def build_bank(
-    records: Sequence[Mapping], lexicon: Lexicon, where: str = "bank"
-) -> Bank:
+def build_bank(records: Sequence[Mapping], lexicon: Lexicon, where: str = "bank") -> Bank:
     """Validates disease records (the schema in data/README.md) and builds a Bank.
 
     Raises:
@@ -390,8 +365,7 @@ def build_bank(
         for spelling in (disease.name, *disease.aliases):
             first = owner.setdefault(" ".join(words(spelling)), disease.name)
             if first != disease.name or (
-                spelling == disease.name
-                and any(d.name == disease.name for d in diseases)
+                spelling == disease.name and any(d.name == disease.name for d in diseases)
             ):
                 raise BankError(
                     f"{where}: {disease.name}: the name '{spelling}' is already used by "
@@ -404,7 +378,7 @@ def build_bank(
         if key in seen:
             raise BankError(
                 f"{where}: {d.name}: its typical findings (0.5 or more) are the same as "
-                f"{seen[key]}'s, so nobody could tell them apart. Add a finding that differs."
+                f"{seen[key]}'s, so nobody can tell them apart. Add a finding that differs."
             )
         seen[key] = d.name
     bank = Bank(tuple(diseases), lexicon)
@@ -489,9 +463,7 @@ def load_bank(
     """
     if evidences is None:
         raw = read_json(path)
-        if isinstance(raw, dict) and any(
-            "condition_name" in str(v) for v in raw.values()
-        ):
+        if isinstance(raw, dict) and any("condition_name" in str(v) for v in raw.values()):
             raise BankError(
                 f"{path}: this is DDXPlus's format. Call load_bank(path, "
                 "evidences='…/release_evidences.json')."
@@ -583,9 +555,7 @@ def make_case(bank: Bank, case_id: str) -> Case:
         )
     name, mode, seed = parts
     if name not in bank.index:
-        raise ValueError(
-            f"case id {case_id!r}: the bank has no disease named {name!r}."
-        )
+        raise ValueError(f"case id {case_id!r}: the bank has no disease named {name!r}.")
     row, disease = bank.index[name], bank[name]
     rng = np.random.default_rng([int(seed), zlib.crc32(f"{name}|{mode}".encode())])
     if mode == "canonical":
@@ -712,12 +682,8 @@ def read_evidence(bank: Bank, question: str, reply: str) -> dict[str, bool]:
     return {s: v for s, v in evidence.items() if s in bank.column}
 
 
-YES = frozenset(
-    "yes yeah yep yup sure definitely absolutely indeed correct right".split()
-)
-NO = frozenset(
-    "no nope nah never negative not none".split()
-)
+YES = frozenset("yes yeah yep yup sure definitely absolutely indeed correct right".split())
+NO = frozenset("no nope nah never negative not none".split())
 NEGATIVE = NO | frozenset(
     [
         "without",
@@ -900,6 +866,7 @@ class Episode:
     matched: str | None  # the bank's name for `diagnosis`
     correct: bool
     ended: str
+    budget: int
     questions: int
     repeats: int
     not_understood: int
@@ -925,6 +892,7 @@ def finish(c: Consultation, case_id: str, truth: str) -> Episode:
         matched=matched,
         correct=matched == truth,
         ended=c.ended or "unfinished",
+        budget=c.max_questions,
         questions=len(c.asked),
         repeats=c.repeats,
         not_understood=sum(not a for a in c.asked),
@@ -989,9 +957,9 @@ class ChatTokens:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of what somebody says; special tokens in it are plain text."""
-        return self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True
-        )["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -1055,8 +1023,7 @@ def play(
             bar.update(len(live) - len(still))
             live = still
     return [
-        finish(c, case.case_id, case.disease.name)
-        for c, case in zip(all_of_them, cases)
+        finish(c, case.case_id, case.disease.name) for c, case in zip(all_of_them, cases)
     ]
 
 
@@ -1208,6 +1175,71 @@ def advantages(rewards: Sequence[float], group: int) -> np.ndarray:
     return table - table.mean(1, keepdims=True)
 
 
+def turn_scores(bank: Bank, episodes: Sequence[Episode]) -> list[list[float]]:
+    """One score per doctor turn of each episode: credit where it is due.
+
+    A question scores the information that it was expected to bring (Lindley 1956),
+    as a share of the best available question's: 1 is what BayesDoctor would ask, -0.5 a
+    question that told nothing new. A diagnosis scores a tenth of its correctness
+    minus the belief that Bayes has in the best diagnosis, and -0.5 more if it came early.
+    The beliefs shape the reward only; the doctor never sees them.
+    """
+    states: list[list[dict[str, bool]]] = []
+    for e in episodes:
+        states.append([read_evidence(bank, "", e.opening)])
+        for question, reply in zip(e.spoken, e.replies):
+            said = read_evidence(bank, question, reply)
+            states[-1].append({**states[-1][-1], **said})
+    p = iter(belief(bank, [known for talk in states for known in talk]))
+    scores = []
+    for e, talk in zip(episodes, states):
+        turns = []
+        for known, told in zip(talk, talk[1:]):
+            gain = information_gain(bank, next(p)[None])[0]
+            gain[[bank.column[s] for s in known]] = 0
+            new = [bank.column[s] for s in told if s not in known]
+            turns.append(min(1.0, gain[new].sum() / gain.max()) if new else -0.5)
+        final = 0.1 * (e.correct - next(p).max())
+        early = len(e.spoken) <= e.budget
+        scores.append(
+            [*turns, *[-0.5] * (len(e.spoken) - 1 - len(turns)), final - 0.5 * early]
+        )
+    return scores
+
+
+def turn_advantages(
+    bank: Bank, episodes: Sequence[Episode], group: int, width: int
+) -> np.ndarray:
+    """Advantage of each token, float [n, width]: its turn's score minus the mean score of
+    the group's questions at that turn; 0 where the doctor did not speak."""
+    scores = turn_scores(bank, episodes)
+    turns = max(map(len, scores))
+    table = np.full((len(scores), turns), np.nan)
+    for row, turn in enumerate(scores):
+        table[row, : len(turn)] = turn
+    asked = table.reshape(-1, group, turns)
+    for row, e in enumerate(episodes):
+        if len(scores[row]) > e.budget:
+            table[row, e.budget] = np.nan  # a diagnosis on time has its own baseline
+    mean = np.nan_to_num(
+        [[_mean(asked[g, :, t]) for t in range(turns)] for g in range(len(asked))]
+    )
+    out = np.zeros((len(episodes), width))
+    for row, e in enumerate(episodes):
+        starts = np.diff([0, *e.env_mask]) == 1
+        turn = np.cumsum(starts) - 1
+        for i in np.flatnonzero(e.env_mask):
+            t = turn[i]
+            base = mean[row // group, t] if t < e.budget else 0.0
+            out[row, i] = scores[row][t] - base
+    return out
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 0.0
+
+
 def reward_alarm(rewards: Sequence[float], group: int) -> str | None:
     """A sentence if these rewards cannot teach anything, else None."""
     if not np.any(advantages(rewards, group)):
@@ -1261,14 +1293,6 @@ def load_doctor(
         load_in_4bit=load_in_4bit,
         dtype=None if gpu else torch.float32,  # bfloat16 is slow on most CPUs
     )
-    if adapter:
-        config = Path(adapter) / "adapter_config.json"
-        if not config.exists():
-            raise FileNotFoundError(
-                f"{config} does not exist. Give the folder of a saved LoRA adapter, or "
-                "train one with notebook 04."
-            )
-        lora_rank = read_json(config)["r"]
     if lora_rank:
         model = FastLanguageModel.get_peft_model(
             model,
@@ -1294,6 +1318,17 @@ LORA_TARGETS = [
     "up_proj",
     "down_proj",
 ]
+
+
+def check_adapter(adapter: str | Path) -> int:
+    """The rank of a saved LoRA adapter; FileNotFoundError says what is missing."""
+    config = Path(adapter) / "adapter_config.json"
+    if not config.exists():
+        raise FileNotFoundError(
+            f"{config} does not exist. Give the folder of a saved LoRA adapter, or train "
+            "one with notebook 04."
+        )
+    return read_json(config)["r"]
 
 
 class ModelDoctor:
@@ -1376,6 +1411,13 @@ def make_rollout(bank: Bank, chat: ChatTokens, **options) -> Callable:
 
         limit = trainer.args.max_completion_length
         episodes = play(doctor, bank, prompts, chat, max_tokens=limit, **options)
+        same = len(os.path.commonprefix([e.prompt_ids for e in episodes]))
+        for e in episodes:  # equal prompts need no padding; the rest has mask 0 anyway
+            opening = e.prompt_ids[same:]
+            e.prompt_ids = e.prompt_ids[:same]
+            e.completion_ids = opening + e.completion_ids
+            e.env_mask = [0] * len(opening) + e.env_mask
+        rollout.episodes = episodes
         return dict(
             prompt_ids=[e.prompt_ids for e in episodes],
             completion_ids=[e.completion_ids for e in episodes],

@@ -60,8 +60,11 @@ def changed(**changes):
         (changed(disease_name="A"), "already used"),
         (changed(aliases=["a"]), "already used by A"),
         (changed(aliases="flu"), '"aliases" must be a list'),
-        (changed(symptoms={}), "B: \"symptoms\" must be"),
-        (changed(symptoms={"fevr": True}), "B: unknown symptom 'fevr'. Did you mean 'fever'"),
+        (changed(symptoms={}), 'B: "symptoms" must be'),
+        (
+            changed(symptoms={"fevr": True}),
+            "B: unknown symptom 'fevr'. Did you mean 'fever'",
+        ),
         (changed(symptoms={"fever": "yes"}), "B: 'fever' is 'yes'"),
         (changed(symptoms={"fever": 1.2}), "B: 'fever' is 1.2"),
         (changed(symptoms={"fever": float("nan")}), "B: 'fever' is nan"),

@@ -12,9 +12,7 @@ class Script:
         self.lines = lines
 
     def __call__(self, consultations):
-        return [
-            self.lines[min(len(c.turns), len(self.lines) - 1)] for c in consultations
-        ]
+        return [self.lines[min(len(c.turns), len(self.lines) - 1)] for c in consultations]
 
 
 CASE = "Influenza|canonical|2"

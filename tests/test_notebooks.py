@@ -45,7 +45,12 @@ def test_head_cell(stem, nb):
     assert head.startswith(f"# {stem[:2]} · ")
     link = f"https://colab.research.google.com/github/{REPO}/blob/main/notebooks/"
     assert f"{link}{stem}.ipynb" in head
-    for words in ("You will learn", "**Needs:**", "**Run time:**", "not medical advice"):
+    for words in (
+        "You will learn",
+        "**Needs:**",
+        "**Run time:**",
+        "not medical advice",
+    ):
         assert words in head, words
     assert "@" not in head, "a run time is still missing"
     for other in re.findall(r"notebooks/(\w+)\.ipynb", head):
@@ -137,7 +142,11 @@ def test_helper_import_is_light_and_silent():
     code = "import sys, grpodx_utils; print([m for m in ('torch', 'trl', 'unsloth', "
     code += "'transformers', 'matplotlib', 'pandas') if m in sys.modules])"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
     )
     assert run.stdout.strip() == "[]" and run.stderr == ""
 

@@ -83,7 +83,7 @@ def test_answers(bank, flu):
     both = flu.reply("Any fever, or a rash?")
     assert both.startswith("Yes, I have a fever.") and "No" in both
     assert flu.reply("What was your blood pressure?") == gx.UNSURE
-    assert flu.reply("Colourless green ideas?") == gx.UNSURE
+    assert flu.reply("Do unicorns exist?") == gx.UNSURE
     assert flu.reply("") == gx.UNSURE
     assert str(flu.case.age) in flu.reply("How old are you?")
     assert "ago" in flu.reply("How long have you had this?")

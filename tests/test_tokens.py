@@ -81,7 +81,7 @@ def test_the_conversation_reads_like_the_template(bank, chat):
     )
     messages = [{"role": "system", "content": e.system}]
     talk = [e.opening, lines[0], e.replies[0], lines[1], e.replies[1]]
-    if "system" not in (chat.tokenizer.chat_template or "") or "raise" in _refusal(chat):
+    if refuses_system(chat):
         messages, talk[0] = [], f"{e.system}\n\n{talk[0]}"
     for i, text in enumerate(talk):
         messages.append({"role": ("user", "assistant")[i % 2], "content": text})
@@ -93,15 +93,13 @@ def test_the_conversation_reads_like_the_template(bank, chat):
     assert ours[: ours.rindex(last)] == want
 
 
-def _refusal(chat) -> str:
+def refuses_system(chat) -> bool:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     try:
-        chat.tokenizer.apply_chat_template(
-            [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
-            tokenize=False,
-        )
+        chat.tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:
-        return "raises"
-    return ""
+        return True
+    return False
 
 
 def test_patient_text_cannot_forge_special_tokens(bank, chat):
