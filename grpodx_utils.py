@@ -1208,10 +1208,15 @@ def turn_scores(bank: Bank, episodes: Sequence[Episode]) -> list[list[float]]:
 
 
 def turn_advantages(
-    bank: Bank, episodes: Sequence[Episode], group: int, width: int
+    bank: Bank,
+    episodes: Sequence[Episode],
+    group: int,
+    width: int,
+    stop_ids: Sequence[int] = (),
 ) -> np.ndarray:
     """Advantage of each token, float [n, width]: its turn's score minus the mean score of
-    the group's questions at that turn; 0 where the doctor did not speak."""
+    the group's questions at that turn. 0 where the doctor did not speak, and on the
+    `stop_ids` that end a turn: the score judges what was asked, not that it ended."""
     scores = turn_scores(bank, episodes)
     turns = max(map(len, scores))
     table = np.full((len(scores), turns), np.nan)
@@ -1230,6 +1235,8 @@ def turn_advantages(
         turn = np.cumsum(starts) - 1
         for i in np.flatnonzero(e.env_mask):
             t = turn[i]
+            if e.completion_ids[i] in stop_ids:
+                continue
             base = mean[row // group, t] if t < e.budget else 0.0
             out[row, i] = scores[row][t] - base
     return out
