@@ -388,7 +388,7 @@ def build_bank(records: Sequence[Mapping], lexicon: Lexicon, where: str = "bank"
             if alone:
                 raise BankError(
                     f"{where}: {d.name}: none of its typical findings is typical of another "
-                    "disease, so its chief complaint gives it away. Add a shared one."
+                    "disease, so its complaint gives it away. Add a shared one."
                 )
     return bank
 
