@@ -387,7 +387,7 @@ def build_bank(records: Sequence[Mapping], lexicon: Lexicon, where: str = "bank"
         for d, alone in zip(diseases, ~(typical & (typical.sum(0) >= 2)).any(1)):
             if alone:
                 raise BankError(
-                    f"{where}: {d.name}: none of its typical findings is typical of another "
+                    f"{where}: {d.name}: no typical finding is shared with another "
                     "disease, so its complaint gives it away. Add a shared one."
                 )
     return bank
@@ -1294,6 +1294,8 @@ def load_doctor(
     from unsloth import FastLanguageModel  # before transformers: it patches them
 
     gpu = torch.cuda.is_available()
+    if adapter:
+        lora_rank = check_adapter(adapter)
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(model_name or default_model()),
         max_seq_length=max_seq_length,
@@ -1312,19 +1314,13 @@ def load_doctor(
     if adapter:
         from peft import load_peft_weights, set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+        weights = load_peft_weights(str(adapter), device="cpu")
+        lora = {name: w for name, w in weights.items() if "lora_" in name}
+        set_peft_model_state_dict(model, lora)
     return model, tokenizer
 
 
-LORA_TARGETS = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-]
+LORA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 def check_adapter(adapter: str | Path) -> int:

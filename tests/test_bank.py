@@ -70,7 +70,7 @@ def changed(**changes):
         (changed(symptoms={"fever": float("nan")}), "B: 'fever' is nan"),
         (changed(symptoms={"fever": None}), "B: 'fever' is None"),
         (changed(symptoms={"fever": 1, "rash": 0.9}), "same as A's"),
-        (changed(symptoms={"headache": 1}), "chief complaint gives it away"),
+        (changed(symptoms={"headache": 1}), "complaint gives it away"),
         (changed(age=[50, 20]), '"age" must be'),
     ],
 )
