@@ -61,10 +61,10 @@ def test_a_person_talks_with_the_doctor(lab):
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
         page.wait_for_timeout(3000)
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        box = page.locator("input[placeholder='Your message']").first
-        box.wait_for(state="attached", timeout=240_000)
+        window = page.locator(".jp-OutputArea-output", has_text="For real complaints").last
+        window.wait_for(state="attached", timeout=240_000)
+        box = window.locator("input[type=text]").first
         page.wait_for_timeout(3000)
-        window = page.locator(".jp-OutputArea-output", has=box).first
         expect(window).to_contain_text("Not medical advice")
         expect(window).to_contain_text("What brings you here today?")
 
