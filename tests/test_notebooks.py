@@ -91,7 +91,7 @@ def test_size_and_balance(nb):
     assert 20 <= len(nb["cells"]) <= 45
     assert len(text) >= 0.6 * len(code)
     lengths = [len(c.splitlines()) for c in code[1:]]
-    assert max(lengths) <= 30 and median(lengths) <= 16
+    assert max(lengths) <= 30 and median(lengths) <= 13
     assert max(len(line) for c in code for line in c.splitlines()) <= 100
     assert any("assert" in c for c in code)
 
