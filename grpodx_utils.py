@@ -12,6 +12,7 @@ False as the patient said; an *episode* is one finished consultation.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -738,6 +739,7 @@ SYSTEM = (
     "Then write: Final diagnosis: NAME"
 )
 THINK = "Begin each turn with <reason>your thoughts</reason>; the patient cannot hear them."
+FEEDBACK = "Feedback on your last consultation with this patient:"
 LAST_TURN = "Please give your final diagnosis now."
 _TAGS = re.compile(r"<(/?)\s*(?:reason|reasoning|think|thinking)\s*>", re.I)
 _FINAL = re.compile(r"final\s+diagnosis\W{0,4}(?:is\b)?\s*[:\-–]?\s*(.*)", re.I)
@@ -786,6 +788,7 @@ class Consultation:
             costs several hundred tokens in every episode and turns the diagnosis into
             multiple choice, withheld diseases included.
         reasoning: asks for hidden reasoning before each turn (`reward_reasoning`).
+        feedback: a critic's words on an earlier try, put into the instructions (10).
     """
 
     def __init__(
@@ -797,6 +800,7 @@ class Consultation:
         max_tokens: int = 2048,
         list_diseases: bool = False,
         reasoning: bool = False,
+        feedback: str = "",
     ):
         self.bank, self.patient, self.chat = bank, patient, chat
         self.max_questions, self.max_tokens = max_questions, max_tokens
@@ -816,6 +820,8 @@ class Consultation:
             self.system += ". One of: " + "; ".join(bank.names)
         if reasoning:
             self.system += ". " + THINK
+        if feedback:
+            self.system += f". {FEEDBACK} {feedback}"
         self.prompt_ids = chat.prompt(self.system, self.opening) if chat else []
 
     @property
@@ -1086,13 +1092,15 @@ def play(
     progress: bool = False,
     at_once: int = 256,
     patient: Callable[[Bank, Case], Any] = ScriptedPatient,
+    feedback: Sequence[str] = (),
     **options,
 ) -> list[Episode]:
     """Plays one consultation per case id; `at_once` of them advance together, turn by turn.
 
     Finished ones leave the batch. Order is kept: episode i belongs to case_ids[i].
-    A smaller `at_once` needs less memory. `patient` makes the patient of a case. `options`
-    go to Consultation (max_questions, max_tokens, list_diseases, reasoning).
+    A smaller `at_once` needs less memory. `patient` makes the patient of a case. `feedback`
+    is a critic's, one for each case id, or none. `options` go to Consultation
+    (max_questions, max_tokens, list_diseases, reasoning).
     """
     from tqdm.auto import tqdm
 
@@ -1100,7 +1108,11 @@ def play(
     with tqdm(total=len(case_ids), desc="episodes", disable=not progress) as bar:
         for start in range(0, len(case_ids), at_once):
             cases = [make_case(bank, c) for c in case_ids[start : start + at_once]]
-            talks = [Consultation(bank, patient(bank, c), chat, **options) for c in cases]
+            advice = feedback[start : start + at_once] or [""] * len(cases)
+            talks = [
+                Consultation(bank, patient(bank, case), chat, feedback=text, **options)
+                for case, text in zip(cases, advice, strict=True)
+            ]
             live = talks
             while live:
                 for talk, said in zip(live, doctor(live), strict=True):
@@ -1485,11 +1497,14 @@ class ModelDoctor:
     ):
         self.model, self.chat = model, chat
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self._batch = _Batch([])
+        self._batch: _Batch | None = None
 
     def __call__(self, consultations: list[Consultation]) -> list[list[int]]:
-        if not all(map(self._batch.goes_on, consultations)):
-            self._batch = _Batch(consultations)
+        if not self._batch or not all(map(self._batch.goes_on, consultations)):
+            kind, gpu = self.model.config.model_type, self.model.device.type == "cuda"
+            self._batch = None  # frees its cache first
+            make = _GraphBatch if gpu and kind in _GraphBatch.KINDS else _Batch
+            self._batch = make(self.model, consultations)
         self._batch.keep({id(c) for c in consultations})
         said = dict(zip(map(id, self._batch.talks), self._speak(self._batch)))
         return [said[id(c)] for c in consultations]
@@ -1501,37 +1516,25 @@ class ModelDoctor:
         pad, stop = self.chat.tokenizer.pad_token_id, self.chat.stop_ids
         device = self.model.device
         new = [tuple(c.ids[len(batch.cached[id(c)]) :]) for c in batch.talks]
-        rows = new if batch.cache is not None else list(dict.fromkeys(new))
+        rows = new if batch.started else list(dict.fromkeys(new))
         width = max(map(len, rows))
         ids = [[pad] * (width - len(x)) + list(x) for x in rows]
         real = [[0] * (width - len(x)) + [1] * len(x) for x in rows]
-        ids, mask = torch.tensor(ids, device=device), torch.tensor(real, device=device)
-        if batch.cache is not None:
-            mask = torch.cat([batch.mask, mask], 1)
+        ids, real = torch.tensor(ids, device=device), torch.tensor(real, device=device)
+        stop_ids = torch.tensor(stop, device=device)
         open_ = torch.ones(len(new), dtype=torch.bool, device=device)
         said = []
         with torch.inference_mode():
             for _ in range(self.max_new_tokens):
                 if said:
-                    ids = said[-1][:, None]
-                    mask = torch.cat([batch.mask, open_[:, None].to(mask)], 1)
-                out = self.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-                    past_key_values=batch.cache,
-                    use_cache=True,
-                    return_dict=True,
-                    logits_to_keep=1,
-                )
-                batch.cache, batch.mask = out.past_key_values, mask
-                logits = out.logits[:, -1].float()
+                    ids, real = said[-1][:, None], open_[:, None].long()
+                logits = batch.read(ids, real)
                 if len(rows) < len(new):  # equal prompts were computed once
                     copies = [rows.index(x) for x in new]
                     batch.select(copies)
                     rows, logits = new, logits[copies]
                 said.append(self._sample(logits).masked_fill(~open_, pad))
-                open_ &= ~torch.isin(said[-1], torch.tensor(stop, device=device))
+                open_ &= ~torch.isin(said[-1], stop_ids)
                 if not open_.any():
                     break
         turns = [cut_turn(row, stop) for row in torch.stack(said, 1).tolist()]
@@ -1554,10 +1557,14 @@ class ModelDoctor:
 class _Batch:
     """Conversations that share a key/value cache, one row each."""
 
-    def __init__(self, talks: list[Consultation]):
-        self.talks = talks
+    def __init__(self, model, talks: list[Consultation]):
+        self.model, self.talks = model, talks
         self.cached: dict[int, list[int]] = {id(c): [] for c in talks}  # ids in the cache
         self.cache = self.mask = None
+
+    @property
+    def started(self) -> bool:
+        return self.mask is not None
 
     def goes_on(self, c: Consultation) -> bool:
         """Whether `c` has a row here and continues the tokens in the cache."""
@@ -1570,8 +1577,26 @@ class _Batch:
         if len(rows) < len(self.talks):
             self.talks = [self.talks[i] for i in rows]
             self.cached = {id(c): self.cached[id(c)] for c in self.talks}
-            if self.cache is not None and rows:
+            if self.started and rows:
                 self.select(rows)
+
+    def read(self, ids, real):
+        """Puts `ids` [rows, new columns] into the cache, where `real` is 1; the logits
+        after the last column, float32 [rows, vocabulary]."""
+        import torch
+
+        self.mask = torch.cat([self.mask, real], 1) if self.started else real
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.past_key_values
+        return out.logits[:, -1].float()
 
     def select(self, rows: list[int]) -> None:
         """The cache's rows become these; a row may come several times."""
@@ -1583,6 +1608,196 @@ class _Batch:
             self.cache.batch_select_indices(chosen)
         else:  # Unsloth on a GPU: a tuple of (keys, values) for each layer
             self.cache = tuple((k[chosen], v[chosen]) for k, v in self.cache)
+
+
+class _GraphBatch(_Batch):
+    """The same on a GPU, where starting a thousand small kernels takes longer than running
+    them: a decode step is recorded once, as a CUDA graph, and then replayed.
+
+    A graph needs tensors that stay in place. So the cache has room for more columns than
+    are used, and for a power of two of rows: a recorded step outlives some conversations.
+    """
+
+    KINDS = ("llama", "qwen2", "qwen3")  # checked: plain attention to all earlier tokens
+    ROOM = 256  # columns are added in such blocks
+    WARM_UP = 3  # steps of one shape before it is recorded: short turns never are
+
+    def __init__(self, model, talks: list[Consultation]):
+        super().__init__(_plain_copy(model), talks)
+        self.used = self.steps = 0  # columns with tokens; decode steps of this shape
+        self.graph = None
+
+    def _resize(self, rows: list[int], columns: int) -> None:
+        """Chooses rows and makes room for so many columns; keeps tensors that fit."""
+        import torch
+
+        c, device = self.model.config, self.model.device
+        size = (2 ** (len(rows) - 1).bit_length(), -(-columns // self.ROOM) * self.ROOM)
+        chosen = torch.tensor(rows + rows[:1] * (size[0] - len(rows)), device=device)
+        old = self.mask
+        if old is None:
+            self.cache = _FixedCache(c.num_hidden_layers)
+            old = torch.zeros(size[0], 0, dtype=torch.bool, device=device)
+        if old.shape != size:
+            self.graph, self.inputs, self.logits, self.steps = None, (), None, 0
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        heads = c.num_key_value_heads
+        with torch.inference_mode():
+            self.cache.change(chosen, (size[0], heads, size[1], width), self.model.dtype)
+            self.mask = torch.zeros(size, dtype=torch.bool, device=device)
+            self.mask[:, : old.shape[1]] = old[chosen]
+
+    def read(self, ids, real):
+        import torch
+
+        n, new = ids.shape
+        used = self.used + new
+        if not self.started or used > self.mask.shape[1]:
+            self._resize(list(range(n)), used)
+        if new == 1:  # all rows, the spare ones too
+            spare = len(self.mask) - n
+            ids, real = (torch.nn.functional.pad(x, (0, 0, 0, spare)) for x in (ids, real))
+        rows = len(ids)
+        columns = torch.arange(self.used, used, device=ids.device)
+        self.mask[:rows, self.used : used] = real.bool()
+        self.used = used
+        places = (self.mask[:rows, :used].cumsum(1) - 1).clamp(min=0)[:, -new:]
+        # Each token sees the tokens before it; itself always, so that gaps stay finite.
+        at = torch.arange(self.mask.shape[1], device=ids.device)
+        sees = (at <= columns[:, None]) & self.mask[:rows, None]
+        sees |= at == columns[:, None]
+        bias = torch.zeros(sees.shape, dtype=self.model.dtype, device=ids.device)
+        bias = bias.masked_fill(~sees, torch.finfo(bias.dtype).min)[:, None]
+        step = self._replay if new == 1 and ids.is_cuda else self._run
+        return step(ids, places, bias, columns)[:n]
+
+    def _run(self, ids, places, bias, columns):
+        self.cache.columns = columns
+        out = self.model(
+            input_ids=ids,
+            attention_mask=bias,
+            position_ids=places,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float()
+
+    def _replay(self, *inputs):
+        import torch
+
+        if self.graph is None:
+            self.steps += 1
+            if self.steps <= self.WARM_UP:
+                return self._run(*inputs)
+            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._run(*self.inputs)
+        for kept, x in zip(self.inputs, inputs):
+            kept.copy_(x)
+        self.graph.replay()
+        return self.logits
+
+    def select(self, rows: list[int]) -> None:
+        self._resize(rows, self.mask.shape[1])
+
+
+class _FixedCache:
+    """Keys and values of each layer, [rows, key heads, columns, head size], in place.
+    `columns` says where the next ones go."""
+
+    def __init__(self, layers: int):
+        self.layers, self.columns = [None] * layers, None
+
+    def change(self, rows, shape: tuple[int, ...], dtype) -> None:
+        """Takes these rows of the old tensors; zeros where there was nothing."""
+        import torch
+
+        for i, old in enumerate(self.layers):
+            if old is not None and old[0].shape == shape:
+                for x in old:
+                    x.copy_(x[rows])
+                continue
+            new = [torch.zeros(shape, dtype=dtype, device=rows.device) for _ in "kv"]
+            for x, y in zip(old or (), new):
+                y[:, :, : x.shape[2]] = x[rows]
+            self.layers[i] = new
+
+    def update(self, keys, values, layer: int, *_):
+        """What transformers' attention calls: stores the new ones, gives all."""
+        kept = [x[: len(keys)] for x in self.layers[layer]]
+        for x, new in zip(kept, (keys, values)):
+            x.index_copy_(2, self.columns, new)
+        return kept
+
+
+def _plain_copy(model):
+    """The model's forward pass as transformers wrote it, over the same weights.
+
+    Unsloth's own decode step computes each row of a batch by itself: its time grows with
+    the batch, which is what self-play wants to be large.
+    """
+    import importlib.util
+
+    import torch
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("grouped", _grouped_attention)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    spec = importlib.util.find_spec(type(base).__module__)
+    module = importlib.util.module_from_spec(spec)  # afresh: without Unsloth's patches
+    spec.loader.exec_module(module)
+    config = copy.deepcopy(base.config)
+    config._attn_implementation = "grouped"
+    with torch.device("meta"):
+        plain = getattr(module, type(base).__name__)(config).eval()
+    for name, part in list(plain.named_modules()):
+        if part._buffers:  # the rotary embedding's frequencies
+            plain.set_submodule(name, type(part)(config=config).to(base.device))
+        elif isinstance(part, torch.nn.Linear):
+            plain.set_submodule(name, _plain_linear(base.get_submodule(name), base.dtype))
+        elif part._parameters:
+            part._parameters = base.get_submodule(name)._parameters
+    return plain
+
+
+def _plain_linear(layer, dtype):
+    """x -> x W' + b + scale (x A') B': W may be in 4 bits, LoRA is in the model's dtype."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from torch.nn.functional import linear
+
+    core = getattr(layer, "base_layer", layer)
+    pairs = [
+        (layer.lora_A[a].weight.to(dtype), (layer.lora_B[a].weight * s).to(dtype))
+        for a, s in getattr(layer, "scaling", {}).items()
+    ]
+
+    class Linear(torch.nn.Module):
+        def forward(self, x):
+            state = getattr(core.weight, "quant_state", None)
+            w = core.weight if state is None else dequantize_4bit(core.weight.data, state)
+            out = linear(x, w.to(x.dtype), core.bias)
+            for a, b in pairs:
+                out += linear(linear(x, a), b)
+            return out
+
+    return Linear()
+
+
+def _grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention whose query heads share key heads: they become rows of one matrix, so
+    that the cache need not be copied for each of them."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    rows, heads, new, size = query.shape
+    group = heads // key.shape[1]
+    query = query.reshape(rows, key.shape[1], group * new, size)
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask.repeat(1, 1, group, 1), scale=scaling
+    )
+    return out.reshape(rows, heads, new, size).transpose(1, 2), None
 
 
 def cut_turn(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
@@ -1997,6 +2212,15 @@ def make_judge_reward(bank: Bank, server: ChatServer) -> Callable:
 
 
 # ------------------------------------------------------------------- 12. the critic (09)
+REMARK = "Turn {turn} told {what}. Ask:"
+TOLD = ("little", "nothing new")
+VERDICTS = (
+    "Give a diagnosis.",
+    "The diagnosis came too early.",
+    "The diagnosis does not fit the answers.",
+)
+
+
 def critique(bank: Bank, episode: Episode, most: int = 2) -> str:
     """Feedback on a consultation, worst turn first: at most `most` remarks and what is
     wrong with the diagnosis. Empty if there is nothing to say.
@@ -2017,18 +2241,18 @@ def critique(bank: Bank, episode: Episode, most: int = 2) -> str:
         share = gain[new].sum() / max(gain.max(), 1e-9)
         if share < 0.5:
             better = bank.lexicon.symptoms[bank.symptoms[gain.argmax()]].question
-            what = "told little" if new else "told nothing new"
-            remark = (share if new else -1, f"Turn {t + 1} {what}. Ask: {better}")
+            what = REMARK.format(turn=t + 1, what=TOLD[not new])
+            remark = (share if new else -1, f"{what} {better}")
             remarks[better] = min(remark, remarks.get(better, remark))
     said = [text for _, text in sorted(remarks.values())[:most]]
     last = p[-1]
     likely = last[bank.index[episode.matched]] if episode.matched in bank.index else 0.0
     if episode.diagnosis is None:
-        said.append("Give a diagnosis.")
+        said.append(VERDICTS[0])
     elif len(episode.spoken) <= episode.budget:
-        said.append("The diagnosis came too early.")
+        said.append(VERDICTS[1])
     elif likely < last.max() / 2:
-        said.append("The diagnosis does not fit the answers.")
+        said.append(VERDICTS[2])
     return " ".join(said)
 
 

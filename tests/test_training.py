@@ -84,16 +84,42 @@ def greedy_by_generate(model, chat, c, cap):
     return gx.cut_turn(out[0, ids.shape[1] :].tolist(), chat.stop_ids)
 
 
-def test_the_cache_kept_between_turns_changes_nothing(bank, chat, model):
-    doctor = gx.ModelDoctor(model, chat, temperature=0)
-    live, turns = (
-        consultations(bank, chat, 8) + consultations(bank, chat, 5),
-        0,
-    )  # 5 begin alike
+def small_model(kind, vocabulary):
+    """Random weights, four query heads for each two key heads, and LoRA that counts."""
+    import peft
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        initializer_range=0.3,
+    )
+    lora = peft.LoraConfig(init_lora_weights=False, target_modules=gx.LORA_TARGETS)
+    return peft.get_peft_model(AutoModelForCausalLM.from_config(config), lora).eval()
+
+
+@pytest.mark.parametrize("kind", ["tiny_doctor", *gx._GraphBatch.KINDS])
+@pytest.mark.parametrize("batch", [gx._Batch, gx._GraphBatch])
+def test_the_cache_kept_between_turns_changes_nothing(
+    bank, chat, model, monkeypatch, kind, batch
+):
+    """On a GPU `_GraphBatch` is used; there `tests/gpu` checks the recorded steps."""
+    if kind != "tiny_doctor":
+        model = small_model(kind, len(chat.tokenizer))
+    monkeypatch.setattr(gx, "_Batch", batch)
+    doctor = gx.ModelDoctor(model, chat, temperature=0, max_new_tokens=6)
+    live = consultations(bank, chat, 8) + consultations(bank, chat, 5)  # 5 begin alike
+    turns = 0
     while live:
         said = doctor(live)
         for c, ids in zip(live, said):
-            assert ids == greedy_by_generate(model, chat, c, 64)
+            assert ids == greedy_by_generate(model, chat, c, 6)
             c.step(ids)
         live, turns = [c for c in live if not c.done], turns + 1
     assert turns > 2, "several turns, and rows that leave before the others"

@@ -21,11 +21,11 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 CONTEXT = 2048
-SETTINGS = {  # cap in GiB, rank of LoRA, episodes played at once, episodes learnt at once
-    "Qwen2.5-1.5B": dict(cap=3.0, rank=16, at_once=8, micro=2),
-    "Qwen3-4B": dict(cap=8.0, rank=16, at_once=8, micro=2),
-    "Llama-3.1-8B": dict(cap=8.0, rank=16, at_once=4, micro=1),
-    "Phi-4": dict(cap=14.5, rank=16, at_once=8, micro=1),
+SETTINGS = {  # cap in GiB, rank of LoRA, episodes played at once, parts of the logits
+    "Qwen2.5-1.5B": dict(cap=3.0, rank=16, at_once=8, chunks=32),
+    "Qwen3-4B": dict(cap=8.0, rank=16, at_once=8, chunks=16),
+    "Llama-3.1-8B": dict(cap=8.0, rank=16, at_once=4, chunks=16),
+    "Phi-4": dict(cap=14.5, rank=16, at_once=4, chunks=16),
 }
 
 
@@ -42,8 +42,10 @@ def measure(name, args):
     s = SETTINGS[name]
     gpu = torch.cuda.is_available()
     if gpu:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(s["cap"] * 2**30 / total)
+        cap, total = int(s["cap"] * 2**30), torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(cap / total)
+        # Unsloth sizes its work by the free memory: it must see the small card's.
+        torch.cuda.mem_get_info = lambda *_: (cap - torch.cuda.memory_allocated(), cap)
     bank = gx.load_bank()
     peak = {}
 
@@ -51,6 +53,7 @@ def measure(name, args):
         if gpu:
             peak[what] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             peak[what + ", reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+            print(f"{what}: {peak[what]} GiB", file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
@@ -63,6 +66,7 @@ def measure(name, args):
     note("loading")
     chat = gx.ChatTokens(tokenizer)
     rollout = gx.make_rollout(bank, chat, at_once=s["at_once"])
+    gpu_options = dict(optim="adamw_8bit", unsloth_logit_chunk_multiplier=s["chunks"])
     clock = {"play": 0.0}
 
     def timed(prompts, trainer):
@@ -82,17 +86,16 @@ def measure(name, args):
                 output_dir=folder,
                 max_steps=args.steps,
                 save_strategy="no",
-                per_device_train_batch_size=s["micro"],
-                gradient_accumulation_steps=8 // s["micro"],
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=8,
                 num_generations=8,
                 max_completion_length=CONTEXT - 250,
-                optim="adamw_8bit" if gpu else "adamw_torch",
                 loss_type="dr_grpo",
                 scale_rewards="none",
                 report_to="none",
                 disable_tqdm=True,
                 logging_steps=1,
-                **({} if gpu else dict(use_cpu=True, bf16=False)),
+                **(gpu_options if gpu else dict(use_cpu=True, bf16=False)),
             ),
             train_dataset=Dataset.from_dict(
                 {"prompt": gx.sample_cases(bank.names, args.steps)}
@@ -125,6 +128,7 @@ parser.add_argument("--steps", type=int, default=2)
 parser.add_argument("--turn-tokens", type=int, default=276)
 parser.add_argument("--jobs", type=int, default=1, help="models measured at once")
 parser.add_argument("--layers", type=int, help="cut the models, to try the script out")
+parser.add_argument("--log", help="folder for what a failed run said")
 parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
 args = parser.parse_args()
 if args.one:
@@ -139,8 +143,13 @@ def in_its_own_process(name):
     command = [sys.executable, __file__, "--one", "--models", name, *given]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
-        why = ran.stderr.strip().splitlines()
-        row = {"model": name, **SETTINGS[name], "failed": why[-1] if why else "killed"}
+        said = ran.stderr.strip().splitlines()
+        phases = [x for x in said if x.endswith(" GiB")]
+        row = {"model": name, **SETTINGS[name], "peaks before": phases}
+        row["failed"] = said[-1] if said else "killed"
+        if args.log:
+            Path(args.log).mkdir(parents=True, exist_ok=True)
+            Path(args.log, f"{name}.log").write_text(ran.stderr)
     else:
         row = json.loads(ran.stdout.splitlines()[-1])
     print(row, flush=True)
