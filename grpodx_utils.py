@@ -1501,10 +1501,10 @@ class ModelDoctor:
 
     def __call__(self, consultations: list[Consultation]) -> list[list[int]]:
         if not self._batch or not all(map(self._batch.goes_on, consultations)):
-            kind, gpu = self.model.config.model_type, self.model.device.type == "cuda"
             self._batch = None  # frees its cache first
-            make = _GraphBatch if gpu and kind in _GraphBatch.KINDS else _Batch
-            self._batch = make(self.model, consultations)
+            head = self.model.get_output_embeddings().weight
+            fast = head.is_cuda and self.model.config.model_type in _GraphBatch.KINDS
+            self._batch = (_GraphBatch if fast else _Batch)(self.model, consultations)
         self._batch.keep({id(c) for c in consultations})
         said = dict(zip(map(id, self._batch.talks), self._speak(self._batch)))
         return [said[id(c)] for c in consultations]
@@ -1514,7 +1514,7 @@ class ModelDoctor:
         import torch
 
         pad, stop = self.chat.tokenizer.pad_token_id, self.chat.stop_ids
-        device = self.model.device
+        device = batch.device
         new = [tuple(c.ids[len(batch.cached[id(c)]) :]) for c in batch.talks]
         rows = new if batch.started else list(dict.fromkeys(new))
         width = max(map(len, rows))
@@ -1559,6 +1559,7 @@ class _Batch:
 
     def __init__(self, model, talks: list[Consultation]):
         self.model, self.talks = model, talks
+        self.device = model.get_output_embeddings().weight.device  # the input's may be CPU
         self.cached: dict[int, list[int]] = {id(c): [] for c in talks}  # ids in the cache
         self.cache = self.mask = None
 
@@ -1623,7 +1624,9 @@ class _GraphBatch(_Batch):
     WARM_UP = 3  # steps of one shape before it is recorded: short turns never are
 
     def __init__(self, model, talks: list[Consultation]):
-        super().__init__(_plain_copy(model), talks)
+        super().__init__(model, talks)
+        self.embed, self.model = model.get_input_embeddings(), _plain_copy(model)
+        self.dtype = model.get_output_embeddings().weight.dtype
         self.used = self.steps = 0  # columns with tokens; decode steps of this shape
         self.graph = None
 
@@ -1631,7 +1634,7 @@ class _GraphBatch(_Batch):
         """Chooses rows and makes room for so many columns; keeps tensors that fit."""
         import torch
 
-        c, device = self.model.config, self.model.device
+        c, device = self.model.config, self.device
         size = (2 ** (len(rows) - 1).bit_length(), -(-columns // self.ROOM) * self.ROOM)
         chosen = torch.tensor(rows + rows[:1] * (size[0] - len(rows)), device=device)
         old = self.mask
@@ -1643,7 +1646,7 @@ class _GraphBatch(_Batch):
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         heads = c.num_key_value_heads
         with torch.inference_mode():
-            self.cache.change(chosen, (size[0], heads, size[1], width), self.model.dtype)
+            self.cache.change(chosen, (size[0], heads, size[1], width), self.dtype)
             self.mask = torch.zeros(size, dtype=torch.bool, device=device)
             self.mask[:, : old.shape[1]] = old[chosen]
 
@@ -1666,15 +1669,15 @@ class _GraphBatch(_Batch):
         at = torch.arange(self.mask.shape[1], device=ids.device)
         sees = (at <= columns[:, None]) & self.mask[:rows, None]
         sees |= at == columns[:, None]
-        bias = torch.zeros(sees.shape, dtype=self.model.dtype, device=ids.device)
+        bias = torch.zeros(sees.shape, dtype=self.dtype, device=ids.device)
         bias = bias.masked_fill(~sees, torch.finfo(bias.dtype).min)[:, None]
         step = self._replay if new == 1 and ids.is_cuda else self._run
-        return step(ids, places, bias, columns)[:n]
+        return step(self.embed(ids), places, bias, columns)[:n]
 
-    def _run(self, ids, places, bias, columns):
+    def _run(self, embedded, places, bias, columns):
         self.cache.columns = columns
         out = self.model(
-            input_ids=ids,
+            inputs_embeds=embedded,
             attention_mask=bias,
             position_ids=places,
             past_key_values=self.cache,
@@ -1748,15 +1751,16 @@ def _plain_copy(model):
     spec = importlib.util.find_spec(type(base).__module__)
     module = importlib.util.module_from_spec(spec)  # afresh: without Unsloth's patches
     spec.loader.exec_module(module)
+    head = base.get_output_embeddings().weight
     config = copy.deepcopy(base.config)
     config._attn_implementation = "grouped"
     with torch.device("meta"):
         plain = getattr(module, type(base).__name__)(config).eval()
     for name, part in list(plain.named_modules()):
         if part._buffers:  # the rotary embedding's frequencies
-            plain.set_submodule(name, type(part)(config=config).to(base.device))
+            plain.set_submodule(name, type(part)(config=config).to(head.device))
         elif isinstance(part, torch.nn.Linear):
-            plain.set_submodule(name, _plain_linear(base.get_submodule(name), base.dtype))
+            plain.set_submodule(name, _plain_linear(base.get_submodule(name), head.dtype))
         elif part._parameters:
             part._parameters = base.get_submodule(name)._parameters
     return plain
@@ -1769,9 +1773,11 @@ def _plain_linear(layer, dtype):
     from torch.nn.functional import linear
 
     core = getattr(layer, "base_layer", layer)
+    off = getattr(layer, "disable_adapters", True)  # a layer without LoRA, or switched off
     pairs = [
         (layer.lora_A[a].weight.to(dtype), (layer.lora_B[a].weight * s).to(dtype))
-        for a, s in getattr(layer, "scaling", {}).items()
+        for a, s in (() if off else layer.scaling.items())
+        if a in layer.active_adapters
     ]
 
     class Linear(torch.nn.Module):

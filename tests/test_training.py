@@ -125,6 +125,19 @@ def test_the_cache_kept_between_turns_changes_nothing(
     assert turns > 2, "several turns, and rows that leave before the others"
 
 
+def test_a_switched_off_adapter_is_off(bank, chat, monkeypatch):
+    monkeypatch.setattr(gx, "_Batch", gx._GraphBatch)
+    model = small_model("qwen2", len(chat.tokenizer))
+    doctor = gx.ModelDoctor(model, chat, temperature=0, max_new_tokens=6)
+    (talk,) = consultations(bank, chat, 1)
+    on = doctor([talk])
+    with model.disable_adapter():
+        doctor = gx.ModelDoctor(model, chat, temperature=0, max_new_tokens=6)
+        off = doctor([talk])
+        assert off == [greedy_by_generate(model, chat, talk, 6)]
+    assert on != off
+
+
 def test_few_or_many_at_once_is_the_same(bank, chat, model):
     doctor = gx.ModelDoctor(model, chat, temperature=0)
     cases = gx.sample_cases(bank.names, 11, seed=3)
