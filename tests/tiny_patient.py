@@ -28,6 +28,11 @@ TEMPLATE = """\
 {{- "<|" + m["role"] + "|>" + m["content"] + "<|end|>" -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "<|assistant|>" -}}{%- endif -%}"""
+ANSWER = {  # how `transformers serve` finds the reply in what the model wrote
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {"content": {"close": "<|end|>"}},
+}
 OTHER = {
     "age": ["How old are you?", "What is your age?"],
     "sex": ["Are you male or female?"],
@@ -58,6 +63,7 @@ def make_tokenizer(bank):
     core.train_from_iterator(sentences + ages, trainer)
     core.add_tokens([AddedToken(s, normalized=False) for s in sentences])
     return PreTrainedTokenizerFast(
+        response_template=ANSWER,
         tokenizer_object=core,
         pad_token="<|pad|>",
         eos_token="<|end|>",
