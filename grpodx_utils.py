@@ -1311,8 +1311,9 @@ def turn_scores(bank: Bank, episodes: Sequence[Episode]) -> list[list[float]]:
 
     A question scores the information that it was expected to bring (Lindley 1956), the
     diagnosis the probability that it is right; both are divided by the best available.
-    A question that told nothing new, a diagnosis before the last turn and none at all
-    score -0.5. The beliefs shape the update only; the doctor never sees them.
+    A question that told nothing new, several questions in one turn, a diagnosis before the
+    last turn and none at all score -0.5. The beliefs shape the update only; the doctor
+    never sees them.
     """
     states = [evidence_by_turn(bank, e) for e in episodes]
     p = belief(bank, [known for talk in states for known in talk])
@@ -1324,7 +1325,7 @@ def turn_scores(bank: Bank, episodes: Sequence[Episode]) -> list[list[float]]:
             gain = next(gains)[1]
             gain[[bank.column[s] for s in known]] = 0
             new = [bank.column[s] for s in told if s not in known]
-            if new:
+            if new and e.spoken[t].count("?") <= 1:
                 turns[t] = min(1.0, gain[new].sum() / max(gain.max(), 1e-9))
         likely, _ = next(gains)
         if e.matched in bank.index and len(e.spoken) > e.budget:
@@ -1333,7 +1334,7 @@ def turn_scores(bank: Bank, episodes: Sequence[Episode]) -> list[list[float]]:
     return scores
 
 
-WASTED = -0.5  # score of a turn that brought nothing
+WASTED = -0.5  # score of a turn that brought nothing or broke the rules
 
 
 def evidence_by_turn(bank: Bank, e: Episode) -> list[dict[str, bool]]:
@@ -1430,6 +1431,8 @@ def load_doctor(
     from unsloth import FastLanguageModel  # before transformers: it patches them
 
     gpu = torch.cuda.is_available()
+    if gpu:  # cuDNN's attention makes a plan for each new shape; here shapes always change
+        torch.backends.cuda.enable_cudnn_sdp(False)
     lora_alpha = 2 * lora_rank
     if adapter:
         saved = check_adapter(adapter)
@@ -1795,14 +1798,18 @@ def _plain_linear(layer, dtype):
 def _grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
     """Attention whose query heads share key heads: they become rows of one matrix, so
     that the cache need not be copied for each of them."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
     rows, heads, new, size = query.shape
     group = heads // key.shape[1]
     query = query.reshape(rows, key.shape[1], group * new, size)
-    out = scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask.repeat(1, 1, group, 1), scale=scaling
-    )
+    mask = attention_mask.repeat(1, 1, group, 1)
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if new == 1:  # few shapes: worth a plan of cuDNN's (see load_doctor)
+        kernels.append(SDPBackend.CUDNN_ATTENTION)
+    with sdpa_kernel(kernels):
+        out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return out.reshape(rows, heads, new, size).transpose(1, 2), None
 
 

@@ -3,15 +3,20 @@ instructions and answers the doctor's questions, taught by `ScriptedPatient`. It
 notebook 09 and the tests talk to a real language model behind a real server, offline.
 It has learned the lexicon's own questions and says nothing sensible to others.
 
-    python tests/tiny_patient.py --steps 4000          # writes data/tiny_patient
-    transformers serve data/tiny_patient --port 8000   # OPENAI_BASE_URL=http://...:8000/v1
+    python tests/tiny_patient.py --serve    # `transformers serve`, prints the address
+    python tests/tiny_patient.py --steps 5000    # trains it again into data/tiny_patient
 """
 
 import argparse
 import json
+import os
 import re
+import socket
+import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -173,11 +178,60 @@ def train(out, steps, rows=64, workers=0, seed=0):
     Path(out, "training.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
+def serve(model, port=0, patience=120):
+    """Runs `transformers serve` on the loopback until our standard input closes. The
+    folder's name is the model's name."""
+    if not port:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "transformers.cli.transformers",
+        "serve",
+        Path(model).name,
+    ]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would fill up
+        out = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        folder = Path(model).resolve().parent
+        server = subprocess.Popen(command, env=env, cwd=folder, **out)
+        try:
+            start = time.time()
+            while not is_up(port):
+                if server.poll() is not None or time.time() - start > patience:
+                    log.seek(0)
+                    last = (log.read().strip().splitlines() or ["no reason given"])[-1]
+                    sys.exit(f"transformers serve did not start: {last}")
+                time.sleep(0.2)
+            print(f"http://127.0.0.1:{port}/v1", flush=True)
+            sys.stdin.read()
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def is_up(port):
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+    except OSError:
+        return False
+    return True
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", default=str(gx.DATA / "tiny_patient"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.add_argument("--out", default=str(gx.DATA / "tiny_patient"), help="its folder")
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    train(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.out, args.port)
+    else:
+        train(args.out, args.steps, args.rows, args.workers, args.seed)
