@@ -1104,6 +1104,11 @@ def play(
     """
     from tqdm.auto import tqdm
 
+    if feedback and len(feedback) != len(case_ids):
+        raise ValueError(
+            f"feedback has {len(feedback)} texts for {len(case_ids)} cases; give one for "
+            "each case (an empty one where there is nothing to say)."
+        )
     episodes = []
     with tqdm(total=len(case_ids), desc="episodes", disable=not progress) as bar:
         for start in range(0, len(case_ids), at_once):
@@ -1744,16 +1749,10 @@ def _plain_copy(model):
     Unsloth's own decode step computes each row of a batch by itself: its time grows with
     the batch, which is what self-play wants to be large.
     """
-    import importlib.util
-
     import torch
-    from transformers import AttentionInterface
 
-    AttentionInterface.register("grouped", _grouped_attention)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    spec = importlib.util.find_spec(type(base).__module__)
-    module = importlib.util.module_from_spec(spec)  # afresh: without Unsloth's patches
-    spec.loader.exec_module(module)
+    module = _unpatched_module(type(base).__module__)
     head = base.get_output_embeddings().weight
     config = copy.deepcopy(base.config)
     config._attn_implementation = "grouped"
@@ -1767,6 +1766,20 @@ def _plain_copy(model):
         elif part._parameters:
             part._parameters = base.get_submodule(name)._parameters
     return plain
+
+
+@lru_cache
+def _unpatched_module(name: str):
+    """transformers' module of this name, read afresh: without Unsloth's patches."""
+    import importlib.util
+
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("grouped", _grouped_attention)
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _plain_linear(layer, dtype):

@@ -125,3 +125,15 @@ def test_transcripts_survive_saving(bank, tmp_path):
     episodes = gx.play(gx.BayesDoctor(bank), bank, gx.sample_cases(bank.names, 5))
     gx.save_transcripts(episodes, tmp_path / "deep" / "t.jsonl")
     assert gx.load_transcripts(tmp_path / "deep" / "t.jsonl") == episodes
+
+
+def test_feedback_is_part_of_one_episodes_instructions(bank):
+    ids, said = gx.sample_cases(bank.names, 3, seed=1), ["Ask more.", "", "Ask less."]
+    doctor = gx.BayesDoctor(bank)
+    for at_once in (1, 2, 64):
+        played = gx.play(doctor, bank, ids, feedback=said, at_once=at_once)
+        plain = gx.SYSTEM.format(n=gx.MAX_QUESTIONS)
+        assert played[0].system == f"{plain}. {gx.FEEDBACK} Ask more."
+        assert played[1].system == plain and played[2].system.endswith(" Ask less.")
+    with pytest.raises(ValueError, match="feedback"):
+        gx.play(doctor, bank, ids, feedback=said[:2])

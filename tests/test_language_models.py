@@ -1,6 +1,8 @@
 """Language-model patients and judges against a local server, slow, failing and wrong."""
 
 import json
+import subprocess
+import sys
 import threading
 
 import chat_server
@@ -58,6 +60,32 @@ def test_play_with_llm_patients_is_play(bank, serve):
     played = gx.play(gx.BayesDoctor(bank), bank, ids, patient=gx.LLMPatient.of(client))
     assert [e.turns for e in played] == [e.turns for e in scripted]
     assert all(e.scorable for e in played) and client.failed == 0
+
+
+@pytest.fixture
+def tiny_patient():
+    """The address of `transformers serve` with the language model in data/tiny_patient."""
+    script = str(gx.ROOT / "tests" / "tiny_patient.py")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, script, "--serve"], **pipes) as process:
+        yield process.stdout.readline().strip()
+        process.stdin.close()  # it ends with us
+
+
+def test_a_real_language_model_plays_fair(bank, tiny_patient):
+    client = gx.ChatServer("tiny_patient", tiny_patient, "none", prices=(0, 0))
+    client.check()
+    doctor = gx.BayesDoctor(bank, ask="random", seed=0)
+    played = gx.play(doctor, bank, cases(bank, 16), patient=gx.LLMPatient.of(client))
+    assert all(e.ended == "diagnosis" for e in played) and client.failed == 0
+    true = total = 0
+    for e in played:
+        have = gx.make_case(bank, e.case_id).findings
+        for question, answer in zip(e.spoken, e.replies):
+            said = gx.read_evidence(bank, question, answer)
+            true += bool(said) and all(v == (s in have) for s, v in said.items())
+            total += 1
+    assert total >= 70 and true >= 0.95 * total
 
 
 def test_many_patients_are_asked_at_once(bank, serve, monkeypatch):

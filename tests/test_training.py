@@ -170,6 +170,9 @@ def test_turn_scores_by_hand(bank, chat):
     assert gx.turn_scores(bank, [e])[0] == pytest.approx([1.0] * 6), "Bayes is the best"
     e.spoken[1], e.replies[1] = e.spoken[0], e.replies[0]
     assert gx.turn_scores(bank, [e])[0][1] == -0.5, "asked again"
+    e.spoken[1] = f"{e.spoken[2]} {e.spoken[3]}"
+    e.replies[1] = f"{e.replies[2]} {e.replies[3]}"
+    assert gx.turn_scores(bank, [e])[0][1] == -0.5, "two questions in one turn"
     p = gx.belief(bank, [e.evidence])[0]
     second = int(np.argsort(p)[-2])
     (e,) = gx.play(gx.BayesDoctor(bank), bank, ["Influenza|sampled|5"])
@@ -261,3 +264,25 @@ def test_an_interrupted_run_is_finished_from_its_last_checkpoint(tmp_path):
     assert second[:2] == first and len(second) == 3
     assert saved.stat().st_mtime_ns == stamp  # steps 1 and 2 were not made again
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+def test_the_advised_doctor_takes_advice(bank):
+    """The inner loop of notebook 10: better where the tries differ, and only because of
+    the critic's words."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = gx.DATA / "tiny_doctor_advised"
+    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    chat = gx.ChatTokens(AutoTokenizer.from_pretrained(folder))
+    doctor = gx.ModelDoctor(model, chat, 1.0, 16)
+    cases = gx.sample_cases(gx.split_bank(bank)[0], 100, seed=4)
+    torch.manual_seed(0)
+    first = gx.play(doctor, bank, cases, chat)
+    advice = [gx.critique(bank, e) for e in first]
+    better = {}
+    for name, words in (("advised", advice), ("again", ())):
+        second = gx.play(doctor, bank, cases, chat, feedback=words)
+        a, b = ([np.mean(s) for s in gx.turn_scores(bank, x)] for x in (first, second))
+        differ = [x.turns != y.turns for x, y in zip(first, second)]
+        better[name] = np.mean(np.array(b)[differ] > np.array(a)[differ])
+    assert better["advised"] >= 0.8 and better["again"] <= 0.65
