@@ -821,8 +821,9 @@ class Consultation:
         if reasoning:
             self.system += ". " + THINK
         if feedback:
-            self.system += f". {FEEDBACK} {feedback}"
-        self.prompt_ids = chat.prompt(self.system, self.opening) if chat else []
+            self.system += f". {FEEDBACK} "
+        ids = chat.prompt(self.system, self.opening, feedback) if chat else []
+        self.prompt_ids, self.system = ids, self.system + feedback
 
     @property
     def done(self) -> bool:
@@ -997,7 +998,7 @@ def load_transcripts(path: str | Path) -> list[Episode]:
 
 
 # ------------------------------------------------------------------ 6. tokens (01, 03)
-_PATIENT, _DOCTOR = "PATIENTSAYS", "DOCTORSAYS"
+_PATIENT, _DOCTOR, _CRITIC = "PATIENTSAYS", "DOCTORSAYS", "CRITICSAYS"
 
 
 class ChatTokens:
@@ -1048,15 +1049,17 @@ class ChatTokens:
     def _find_text(self, ids: tuple[int, ...]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def prompt(self, system: str, opening: str) -> list[int]:
-        """Ids up to the doctor's first word."""
-        before, after = self._frame(system)
-        return before + self.encode(opening) + after
+    def prompt(self, system: str, opening: str, feedback: str = "") -> list[int]:
+        """Ids up to the doctor's first word. `feedback` ends the system's text; what it
+        and the patient say is plain text."""
+        before, between, after = self._frame(system)
+        return before + self.encode(feedback) + between + self.encode(opening) + after
 
-    def _find_frame(self, system: str) -> tuple[list[int], list[int]]:
-        """Ids before and after the patient's opening. Templates without a system role get
-        the instructions in the patient's first message."""
+    def _find_frame(self, system: str) -> tuple[list[int], ...]:
+        """Ids before, between and after feedback and opening. Templates without a system
+        role get the instructions in the patient's first message."""
         said = {"role": "user", "content": _PATIENT}
+        system += _CRITIC
         try:
             render = self._render([{"role": "system", "content": system}, said])
         except Exception as e:  # Jinja's raise_exception; anything else is re-raised
@@ -1064,8 +1067,8 @@ class ChatTokens:
                 raise
             said["content"] = f"{system}\n\n{_PATIENT}"
             render = self._render([said])
-        before, after = render.split(_PATIENT)
-        return self._special(before), self._special(after)
+        before, rest = render.split(_CRITIC)
+        return tuple(self._special(x) for x in (before, *rest.split(_PATIENT)))
 
     def bridge(self, completion_ids: Sequence[int], reply: str) -> list[int]:
         """Ids from the doctor's last sampled token to the doctor's next turn."""
@@ -1099,8 +1102,8 @@ def play(
 
     Finished ones leave the batch. Order is kept: episode i belongs to case_ids[i].
     A smaller `at_once` needs less memory. `patient` makes the patient of a case. `feedback`
-    is a critic's, one for each case id, or none. `options` go to Consultation
-    (max_questions, max_tokens, list_diseases, reasoning).
+    holds a critic's words for each case id (10); leave it empty for none. `options` go to
+    Consultation (max_questions, max_tokens, list_diseases, reasoning).
     """
     from tqdm.auto import tqdm
 
@@ -1317,29 +1320,43 @@ def turn_scores(bank: Bank, episodes: Sequence[Episode]) -> list[list[float]]:
     A question scores the information that it was expected to bring (Lindley 1956), the
     diagnosis the probability that it is right; both are divided by the best available.
     A question that told nothing new, several questions in one turn, a diagnosis before the
-    last turn and none at all score -0.5. The beliefs shape the update only; the doctor
-    never sees them.
+    last turn, none at all and one that is no disease of the bank score -0.5. The beliefs
+    shape the update only; the doctor never sees them.
     """
-    states = [evidence_by_turn(bank, e) for e in episodes]
-    p = belief(bank, [known for talk in states for known in talk])
-    gains = iter(zip(p, information_gain(bank, p)))
     scores = []
-    for e, talk in zip(episodes, states):
+    for e, (questions, p) in zip(episodes, _weigh_questions(bank, episodes)):
         turns = [WASTED] * len(e.spoken)
-        for t, (known, told) in enumerate(zip(talk, talk[1:])):
-            gain = next(gains)[1]
-            gain[[bank.column[s] for s in known]] = 0
-            new = [bank.column[s] for s in told if s not in known]
-            if new and e.spoken[t].count("?") <= 1:
-                turns[t] = min(1.0, gain[new].sum() / max(gain.max(), 1e-9))
-        likely, _ = next(gains)
+        for t, (share, _) in enumerate(questions):
+            turns[t] = min(1.0, share) if share > 0 else WASTED
         if e.matched in bank.index and len(e.spoken) > e.budget:
-            turns[-1] = likely[bank.index[e.matched]] / likely.max()
+            turns[-1] = p[bank.index[e.matched]] / p.max()
         scores.append(turns)
     return scores
 
 
 WASTED = -0.5  # score of a turn that brought nothing or broke the rules
+
+
+def _weigh_questions(bank: Bank, episodes: Sequence[Episode]):
+    """For each episode: a list of (share, best) for its questions, and the last belief.
+
+    `share` is the information that the question was expected to bring over the most that
+    any could: 0 if it told nothing new, -1 if it was several in one turn. `best` is the
+    column of the most informative question there.
+    """
+    states = [evidence_by_turn(bank, e) for e in episodes]
+    p = belief(bank, [known for talk in states for known in talk])
+    rows = iter(zip(p, information_gain(bank, p)))
+    for e, talk in zip(episodes, states):
+        questions = []
+        for t, (known, told) in enumerate(zip(talk, talk[1:])):
+            _, gain = next(rows)
+            gain[[bank.column[s] for s in known]] = 0
+            new = [bank.column[s] for s in told if s not in known]
+            share = gain[new].sum() / max(gain.max(), 1e-9)
+            several = e.spoken[t].count("?") > 1
+            questions.append((-1.0 if several else share, int(gain.argmax())))
+        yield questions, next(rows)[0]
 
 
 def evidence_by_turn(bank: Bank, e: Episode) -> list[dict[str, bool]]:
@@ -1464,7 +1481,12 @@ def load_doctor(
 
         weights = load_peft_weights(str(adapter), device="cpu")
         lora = {name: w for name, w in weights.items() if "lora_" in name}
-        set_peft_model_state_dict(model, lora)
+        odd = set_peft_model_state_dict(model, lora).unexpected_keys
+        if odd:
+            raise ValueError(
+                f"{adapter} does not fit {model_name}: it has {odd[0]}, and the model has "
+                "no such LoRA matrix. Use an adapter of notebook 04."
+            )
     return model, tokenizer
 
 
@@ -1508,21 +1530,24 @@ class ModelDoctor:
         self._batch: _Batch | None = None
 
     def __call__(self, consultations: list[Consultation]) -> list[list[int]]:
-        if not self._batch or not all(map(self._batch.goes_on, consultations)):
-            self._batch = None  # frees its cache first
-            head = self.model.get_output_embeddings().weight
-            fast = head.is_cuda and self.model.config.model_type in _GraphBatch.KINDS
-            self._batch = (_GraphBatch if fast else _Batch)(self.model, consultations)
-        self._batch.keep({id(c) for c in consultations})
-        said = dict(zip(map(id, self._batch.talks), self._speak(self._batch)))
+        if not consultations:
+            return []
+        batch, self._batch = self._batch, None  # lost if this turn is interrupted
+        if not batch or not all(map(batch.goes_on, consultations)):
+            del batch  # frees its cache first
+            fast = _GraphBatch.knows(self.model)
+            batch = (_GraphBatch if fast else _Batch)(self.model, consultations)
+        batch.keep({id(c) for c in consultations})
+        said = dict(zip(map(id, batch.talks), self._speak(batch)))
+        self._batch = batch
         return [said[id(c)] for c in consultations]
 
     def _speak(self, batch: _Batch) -> list[list[int]]:
         """Samples a turn for every row; afterwards all but its last token are cached."""
         import torch
 
-        pad, stop = self.chat.tokenizer.pad_token_id, self.chat.stop_ids
-        device = batch.device
+        stop, device = self.chat.stop_ids, batch.device
+        pad = stop[0]  # any token: what is padded is masked, or comes after the end
         new = [tuple(c.ids[len(batch.cached[id(c)]) :]) for c in batch.talks]
         rows = new if batch.started else list(dict.fromkeys(new))
         width = max(map(len, rows))
@@ -1624,12 +1649,25 @@ class _GraphBatch(_Batch):
     them: a decode step is recorded once, as a CUDA graph, and then replayed.
 
     A graph needs tensors that stay in place. So the cache has room for more columns than
-    are used, and for a power of two of rows: a recorded step outlives some conversations.
+    are used, and for rows up to the next power of two (5 conversations cost as much as 8):
+    a recorded step outlives some conversations.
     """
 
     KINDS = ("llama", "qwen2", "qwen3")  # checked: plain attention to all earlier tokens
     ROOM = 256  # columns are added in such blocks
-    WARM_UP = 3  # steps of one shape before it is recorded: short turns never are
+    WARM_UP = 3  # steps of one shape before it is recorded: a few are not worth it
+
+    @classmethod
+    def knows(cls, model) -> bool:
+        """Whether this class can run the model: checked kinds, all layers on one GPU."""
+        config, head = model.config, model.get_output_embeddings().weight
+        layers = (p for name, p in model.named_parameters() if ".layers." in name)
+        return (
+            head.is_cuda
+            and config.model_type in cls.KINDS
+            and not getattr(config, "use_sliding_window", False)
+            and all(p.device == head.device for p in layers)
+        )
 
     def __init__(self, model, talks: list[Consultation]):
         super().__init__(model, talks)
@@ -1679,6 +1717,8 @@ class _GraphBatch(_Batch):
         sees |= at == columns[:, None]
         bias = torch.zeros(sees.shape, dtype=self.dtype, device=ids.device)
         bias = bias.masked_fill(~sees, torch.finfo(bias.dtype).min)[:, None]
+        c = self.model.config  # once for each query head of a group, see _grouped_attention
+        bias = bias.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1)
         step = self._replay if new == 1 and ids.is_cuda else self._run
         return step(self.embed(ids), places, bias, columns)[:n]
 
@@ -1702,9 +1742,10 @@ class _GraphBatch(_Batch):
             self.steps += 1
             if self.steps <= self.WARM_UP:
                 return self._run(*inputs)
-            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.logits = self._run(*self.inputs)
+            self.graph = graph
         for kept, x in zip(self.inputs, inputs):
             kept.copy_(x)
         self.graph.replay()
@@ -1744,7 +1785,8 @@ class _FixedCache:
 
 
 def _plain_copy(model):
-    """The model's forward pass as transformers wrote it, over the same weights.
+    """The model's forward pass as transformers wrote it, over the same weights, with LoRA
+    as it is now.
 
     Unsloth's own decode step computes each row of a batch by itself: its time grows with
     the batch, which is what self-play wants to be large.
@@ -1789,23 +1831,25 @@ def _plain_linear(layer, dtype):
     from torch.nn.functional import linear
 
     core = getattr(layer, "base_layer", layer)
-    off = getattr(layer, "disable_adapters", True)  # a layer without LoRA, or switched off
-    pairs = [
-        (layer.lora_A[a].weight.to(dtype), (layer.lora_B[a].weight * s).to(dtype))
-        for a, s in (() if off else layer.scaling.items())
-        if a in layer.active_adapters
-    ]
+    off = getattr(layer, "disable_adapters", True) or layer.merged  # or no LoRA at all
+    with torch.no_grad():
+        pairs = [
+            (layer.lora_A[a].weight.to(dtype), (layer.lora_B[a].weight * s).to(dtype))
+            for a, s in (() if off else layer.scaling.items())
+            if a in layer.active_adapters
+        ]
 
-    class Linear(torch.nn.Module):
-        def forward(self, x):
-            state = getattr(core.weight, "quant_state", None)
-            w = core.weight if state is None else dequantize_4bit(core.weight.data, state)
-            out = linear(x, w.to(x.dtype), core.bias)
-            for a, b in pairs:
-                out += linear(linear(x, a), b)
-            return out
+    def forward(x):
+        state = getattr(core.weight, "quant_state", None)
+        w = core.weight if state is None else dequantize_4bit(core.weight.data, state)
+        out = linear(x, w.to(x.dtype), core.bias)
+        for a, b in pairs:
+            out += linear(linear(x, a), b)
+        return out
 
-    return Linear()
+    plain = torch.nn.Module()
+    plain.forward = forward
+    return plain
 
 
 def _grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
@@ -1817,12 +1861,11 @@ def _grouped_attention(module, query, key, value, attention_mask, scaling=None, 
     rows, heads, new, size = query.shape
     group = heads // key.shape[1]
     query = query.reshape(rows, key.shape[1], group * new, size)
-    mask = attention_mask.repeat(1, 1, group, 1)
     kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if new == 1:  # few shapes: worth a plan of cuDNN's (see load_doctor)
+    if new == 1:  # few shapes, worth a plan (see load_doctor); an H100 then takes cuDNN
         kernels.append(SDPBackend.CUDNN_ATTENTION)
     with sdpa_kernel(kernels):
-        out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+        out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
     return out.reshape(rows, heads, new, size).transpose(1, 2), None
 
 
@@ -2251,27 +2294,22 @@ def critique(bank: Bank, episode: Episode, most: int = 2) -> str:
     """Feedback on a consultation, worst turn first: at most `most` remarks and what is
     wrong with the diagnosis. Empty if there is nothing to say.
 
-    The rules come from BayesDoctor: a turn that told nothing new, or less than half of
-    what the best question would have told; a diagnosis too early, missing, or less than
-    half as likely as the likeliest. It names better questions, never a disease; turns with
-    the same better question are one remark.
+    The rules come from BayesDoctor: a turn that told nothing new (or asked several things
+    at once), or less than half of what the best question would have told; a diagnosis too
+    early, missing, or less than half as likely as the likeliest. It names better
+    questions, never a disease; turns with the same better question are one remark.
     """
     if not episode.scorable:
         return ""
-    states, remarks = evidence_by_turn(bank, episode), {}
-    p = belief(bank, states)
-    for t, (known, told) in enumerate(zip(states, states[1:])):
-        gain = information_gain(bank, p[[t]])[0]
-        gain[[bank.column[s] for s in known]] = 0
-        new = [bank.column[s] for s in told if s not in known]
-        share = gain[new].sum() / max(gain.max(), 1e-9)
+    ((questions, last),) = _weigh_questions(bank, [episode])
+    remarks: dict[str, tuple[float, str]] = {}
+    for t, (share, best) in enumerate(questions):
         if share < 0.5:
-            better = bank.lexicon.symptoms[bank.symptoms[gain.argmax()]].question
-            what = REMARK.format(turn=t + 1, what=TOLD[not new])
-            remark = (share if new else -1, f"{what} {better}")
+            better = bank.lexicon.symptoms[bank.symptoms[best]].question
+            what = REMARK.format(turn=t + 1, what=TOLD[int(share <= 0)])
+            remark = (share, f"{what} {better}")
             remarks[better] = min(remark, remarks.get(better, remark))
     said = [text for _, text in sorted(remarks.values())[:most]]
-    last = p[-1]
     likely = last[bank.index[episode.matched]] if episode.matched in bank.index else 0.0
     if episode.diagnosis is None:
         said.append(VERDICTS[0])

@@ -85,7 +85,7 @@ def greedy_by_generate(model, chat, c, cap):
 
 
 def small_model(kind, vocabulary):
-    """Random weights, four query heads for each two key heads, and LoRA that counts."""
+    """Random weights, four query heads and two key heads, and LoRA that counts."""
     import peft
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,6 +113,7 @@ def test_the_cache_kept_between_turns_changes_nothing(
     if kind != "tiny_doctor":
         model = small_model(kind, len(chat.tokenizer))
     monkeypatch.setattr(gx, "_Batch", batch)
+    monkeypatch.setattr(gx._GraphBatch, "ROOM", 16)  # the cache must grow
     doctor = gx.ModelDoctor(model, chat, temperature=0, max_new_tokens=6)
     live = consultations(bank, chat, 8) + consultations(bank, chat, 5)  # 5 begin alike
     turns = 0
@@ -136,6 +137,19 @@ def test_a_switched_off_adapter_is_off(bank, chat, monkeypatch):
         off = doctor([talk])
         assert off == [greedy_by_generate(model, chat, talk, 6)]
     assert on != off
+
+
+def test_an_interrupted_turn_leaves_nothing_behind(bank, chat, model, monkeypatch):
+    doctor = gx.ModelDoctor(model, chat, temperature=0)
+    (talk,) = consultations(bank, chat, 1)
+    talk.step(doctor([talk])[0])
+    fair = greedy_by_generate(model, chat, talk, 64)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(
+            doctor, "_sample", lambda logits: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        doctor([talk])
+    assert doctor([talk]) == [fair] and doctor([]) == []
 
 
 def test_few_or_many_at_once_is_the_same(bank, chat, model):

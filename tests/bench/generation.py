@@ -68,7 +68,7 @@ speed, rows = bandwidth(), []
 print(f"{gx.device_line()}; a copy moves {speed / 1e9:.0f} GB/s")
 for n in args.episodes:
     case_ids = gx.sample_cases(bank.names, n, seed=args.seed)
-    gx.play(doctor, bank, case_ids, chat, max_questions=1)  # compiles, captures
+    gx.play(doctor, bank, case_ids, chat, max_questions=1)  # warms up
     times = []
     for _ in range(args.rounds):
         seconds, episodes = clock(gx.play, doctor, bank, case_ids, chat)

@@ -1,6 +1,6 @@
 """Does GRPO over whole consultations fit a small card? Trains models of real size with
 random weights, 4-bit and LoRA, on groups of 8 consultations that fill a context of 2,048
-tokens, while the process may not take more GPU memory than a hard cap. Prints a table and,
+tokens, while PyTorch may not allocate more GPU memory than a hard cap. Prints a table and,
 as the last line, one JSON object.
 
     python tests/bench/gpu_memory.py
@@ -51,8 +51,11 @@ def measure(name, args):
 
     def note(what):
         if gpu:
-            peak[what] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            peak[what + ", reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+            for name, most in (
+                (what, torch.cuda.max_memory_allocated()),
+                (what + ", reserved", torch.cuda.max_memory_reserved()),
+            ):
+                peak[name] = max(peak.get(name, 0), round(most / 2**30, 2))
             print(f"{what}: {peak[what]} GiB", file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
