@@ -53,6 +53,8 @@ class Server(ThreadingHTTPServer):
             return self.patient(system, last)
         if system.startswith("You grade"):
             return self.judge(json.loads(last))
+        if system.startswith("You review"):
+            return self.critic(json.loads(last))
         return "yes"
 
     def patient(self, facts, question):
@@ -76,6 +78,15 @@ class Server(ThreadingHTTPServer):
         right = 1.0 if found == truth else 0.4 * same
         why = f"named {found}, true is {truth}"
         return json.dumps({"diagnosis": right, "questions": new, "reason": why})
+
+    def critic(self, case):
+        """Sees repeated questions and nothing else."""
+        asked = [x["doctor"] for x in case["consultation"][1:]]
+        for turn, question in enumerate(asked, 1):
+            if question in asked[: turn - 1]:
+                what = gx.REMARK.format(turn=turn, what=gx.TOLD[1])
+                return f"{what} Have you noticed anything else?"
+        return "None."
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -259,3 +259,16 @@ def test_the_judge_gets_the_transcript_as_data(bank, serve):
     a, b = gx.judge(bank, client, [good, bad])  # the transcript went in as one JSON string
     assert a.diagnosis == 1 > b.diagnosis and 0 <= b.score < a.score <= 1
     assert "\n" not in a.reason
+
+
+def test_a_critic_by_model_names_no_disease(bank, serve, monkeypatch):
+    _, client = serve()
+    good, repeats, failed = gx.play(gx.BayesDoctor(bank), bank, cases(bank, 3))
+    repeats.spoken[2] = repeats.spoken[1]
+    failed.ended = "no answer"
+    said = gx.critique_by_model(bank, client, [good, repeats, failed])
+    assert said == ["", "Turn 3 told nothing new. Ask: Have you noticed anything else?", ""]
+    leak = f"It is {good.truth}. Ask about that."
+    monkeypatch.setattr(chat_server.Server, "critic", lambda *_: leak)
+    _, client = serve()
+    assert gx.critique_by_model(bank, client, [good]) == [""]
