@@ -2288,7 +2288,7 @@ def make_judge_reward(bank: Bank, server: ChatServer) -> Callable:
     return reward_judge
 
 
-# ------------------------------------------------------------------- 12. the critic (09)
+# --------------------------------------------------------------- 12. the critic (09, 10)
 REMARK = "Turn {turn} told {what}. Ask:"
 TOLD = ("little", "nothing new")
 VERDICTS = (
