@@ -13,6 +13,7 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import unsloth  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from test_training import consultations, small_model  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 import grpodx_utils as gx  # noqa: E402
@@ -45,6 +46,32 @@ def doctor(loaded, chat):
     unsloth.FastLanguageModel.for_inference(loaded[0])
     torch.manual_seed(0)
     return gx.ModelDoctor(loaded[0], chat, temperature=0, max_new_tokens=16)
+
+
+# First, while Unsloth has not yet put its own code into these models' layers.
+@pytest.mark.parametrize("kind", gx._GraphBatch.KINDS)
+def test_recorded_steps_say_what_the_cpu_says(kind, bank, tiny_tokenizer, monkeypatch):
+    """Long uneven turns: columns are added and rows drop out between recordings."""
+    monkeypatch.setattr(gx._GraphBatch, "ROOM", 16)
+    monkeypatch.setattr(gx._GraphBatch, "WARM_UP", 1)
+    recorded, graph = [], torch.cuda.CUDAGraph
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: recorded.append(graph()) or recorded[-1]
+    )
+    chat = gx.ChatTokens(tiny_tokenizer)
+    model = small_model(kind, len(tiny_tokenizer))
+    said = {}
+    for device in ("cpu", "cuda"):
+        doctor = gx.ModelDoctor(model.to(device), chat, temperature=0, max_new_tokens=24)
+        talks = live = consultations(bank, chat, 13)
+        while live:
+            for c, ids in zip(live, doctor(live)):
+                c.step(ids)
+            live = [c for c in live if not c.done]
+        said[device] = [list(c.ids) for c in talks]
+    print(f"{kind}: {len(recorded)} recordings")
+    assert len(recorded) > 3
+    assert said["cuda"] == said["cpu"]
 
 
 def test_layers_are_4_bit_and_the_rest_float16(loaded):
