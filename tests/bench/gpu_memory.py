@@ -4,6 +4,11 @@ tokens, while PyTorch may not allocate more GPU memory than a hard cap. Prints a
 as the last line, one JSON object.
 
     python tests/bench/gpu_memory.py
+
+What notebook 04 does by default with a model from the hub:
+
+    python tests/bench/gpu_memory.py --models Qwen2.5-1.5B --cap 14.5 --rank 32 \
+        --at-once 32 --chunks 32 --episodes 32
 """
 
 import argparse
@@ -29,6 +34,12 @@ SETTINGS = {  # cap in GiB, rank of LoRA, episodes played at once, parts of the 
 }
 
 
+def settings(name, args):
+    """The model's row of SETTINGS, changed as the command line says."""
+    given = {k: getattr(args, k) for k in SETTINGS[name]}
+    return SETTINGS[name] | {k: v for k, v in given.items() if v is not None}
+
+
 def measure(name, args):
     """GRPO steps of one model under its cap; a dict of what they took."""
     import torch
@@ -39,7 +50,7 @@ def measure(name, args):
 
     import grpodx_utils as gx
 
-    s = SETTINGS[name]
+    s = settings(name, args)
     gpu = torch.cuda.is_available()
     if gpu:
         cap, total = int(s["cap"] * 2**30), torch.cuda.mem_get_info()[1]
@@ -90,7 +101,7 @@ def measure(name, args):
                 max_steps=args.steps,
                 save_strategy="no",
                 per_device_train_batch_size=1,
-                gradient_accumulation_steps=8,
+                gradient_accumulation_steps=args.episodes,
                 num_generations=8,
                 max_completion_length=CONTEXT - 250,
                 loss_type="dr_grpo",
@@ -101,7 +112,7 @@ def measure(name, args):
                 **(gpu_options if gpu else dict(use_cpu=True, bf16=False)),
             ),
             train_dataset=Dataset.from_dict(
-                {"prompt": gx.sample_cases(bank.names, args.steps)}
+                {"prompt": gx.sample_cases(bank.names, args.steps * args.episodes // 8)}
             ),
             reward_funcs=[lambda prompts, **_: torch.rand(len(prompts)).tolist()],
             rollout_func=timed,
@@ -114,6 +125,7 @@ def measure(name, args):
     return {
         "model": name,
         **s,
+        "episodes": args.episodes,
         "dtype": "float16",
         "longest_context": max(lengths),
         "peak_gib": max([v for k, v in peak.items() if "reserved" in k], default=None),
@@ -129,6 +141,11 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=SETTINGS)
 parser.add_argument("--steps", type=int, default=2)
 parser.add_argument("--turn-tokens", type=int, default=276)
+parser.add_argument("--episodes", type=int, default=8, help="a step; groups of 8")
+parser.add_argument("--cap", type=float, help="GiB, instead of the table's")
+parser.add_argument("--rank", type=int, help="of LoRA, instead of the table's")
+parser.add_argument("--at-once", type=int, help="played at once, instead of the table's")
+parser.add_argument("--chunks", type=int, help="parts of the logits, likewise")
 parser.add_argument("--jobs", type=int, default=1, help="models measured at once")
 parser.add_argument("--layers", type=int, help="cut the models, to try the script out")
 parser.add_argument("--log", help="folder for what a failed run said")
@@ -138,8 +155,11 @@ if args.one:
     print(json.dumps(measure(args.models[0], args)))
     sys.exit()
 
-given = ["--steps", str(args.steps), "--turn-tokens", str(args.turn_tokens)]
-given += ["--layers", str(args.layers)] if args.layers else []
+if args.episodes % 8:
+    parser.error("--episodes: a multiple of 8, the group")
+passed_on = "steps turn_tokens layers episodes cap rank at_once chunks".split()
+options = {"--" + k.replace("_", "-"): getattr(args, k) for k in passed_on}
+given = [str(x) for k, v in options.items() if v is not None for x in (k, v)]
 
 
 def in_its_own_process(name):
@@ -148,7 +168,7 @@ def in_its_own_process(name):
     if ran.returncode:
         said = ran.stderr.strip().splitlines()
         phases = [x for x in said if x.endswith(" GiB")]
-        row = {"model": name, **SETTINGS[name], "peaks before": phases}
+        row = {"model": name, **settings(name, args), "peaks before": phases}
         row["failed"] = said[-1] if said else "killed"
         if args.log:
             Path(args.log).mkdir(parents=True, exist_ok=True)
