@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import trl
 from conftest import dummy_tokenizer
+from transformers import AutoTokenizer
 
 import grpodx_utils as gx
 
@@ -30,6 +31,14 @@ def chat(request, tiny_tokenizer):
         return gx.ChatTokens(tiny_tokenizer)
     template = (TEMPLATES / f"{request.param}.jinja").read_text()
     return gx.ChatTokens(dummy_tokenizer(template, *MODELS[request.param]))
+
+
+@pytest.mark.parametrize("name", ["tiny_doctor", "tiny_doctor_advised", "tiny_patient"])
+def test_shipped_models_have_a_row_for_every_token_and_no_other(name):
+    """transformers adds tokens that a tokenizer's file leaves open (unk, pad, eos)."""
+    config = gx.read_json(gx.DATA / name / "config.json")
+    tokenizer = AutoTokenizer.from_pretrained(str(gx.DATA / name))
+    assert len(tokenizer) == config["vocab_size"]
 
 
 class TokenDoctor:

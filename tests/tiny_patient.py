@@ -72,6 +72,7 @@ def make_tokenizer(bank):
         tokenizer_object=core,
         pad_token="<|pad|>",
         eos_token="<|end|>",
+        unk_token="<|pad|>",
         additional_special_tokens=SPECIAL[1:4],
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,

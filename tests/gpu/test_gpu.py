@@ -74,6 +74,14 @@ def test_recorded_steps_say_what_the_cpu_says(kind, bank, tiny_tokenizer, monkey
     assert said["cuda"] == said["cpu"]
 
 
+def test_the_model_has_a_row_for_every_token_and_no_other(loaded):
+    """Unsloth would add rows without filling them: whatever the memory held."""
+    saved = json.loads((gx.DATA / "tiny_doctor" / "config.json").read_text())
+    rows = loaded[0].get_input_embeddings().weight
+    assert len(loaded[1]) == len(rows) == saved["vocab_size"]
+    assert torch.isfinite(rows).all()
+
+
 def test_layers_are_4_bit_and_the_rest_float16(loaded):
     kinds = {p.dtype for p in loaded[0].parameters()}
     assert torch.uint8 in kinds and torch.float16 in kinds and torch.bfloat16 not in kinds
@@ -83,7 +91,9 @@ def test_the_cache_kept_between_turns_changes_next_to_nothing(doctor, bank, chat
     """Each turn computed anew by `generate`. float16 rounds differently in batches of
     different shape, so near ties may fall the other way; nearly all turns must agree."""
     same = total = 0
-    for e in gx.play(doctor, bank, cases[:24], chat):
+    played = gx.play(doctor, bank, cases[:24], chat)
+    assert sum(e.correct for e in played) > 12, "it does not speak sense"
+    for e in played:
         ids = e.prompt_ids + e.completion_ids
         edges = [i for i in range(len(e.env_mask)) if e.env_mask[i]]
         starts = [i for i in edges if i == 0 or not e.env_mask[i - 1]]
