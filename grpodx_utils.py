@@ -472,14 +472,14 @@ def _read_disease(record: Any, lexicon: Lexicon, place: str, where: str) -> Dise
 
 
 def load_bank(
-    path: str | Path = DATA / "disease_bank.json",
+    path: str | Path | None = None,
     lexicon: str | Path = DATA / "symptoms.json",
     evidences: str | Path | None = None,
 ) -> Bank:
     """Loads a disease bank; `bank["Influenza"].findings` is then a mapping.
 
     Args:
-        path: our schema, or DDXPlus's `release_conditions.json`.
+        path: our schema, or DDXPlus's `release_conditions.json`; None is the shipped bank.
         lexicon: how people talk about the symptoms (not used for DDXPlus).
         evidences: DDXPlus's `release_evidences.json`; give it to read that format. Its
             evidences are taken as present or absent (the release has no rates).
@@ -487,6 +487,7 @@ def load_bank(
     Raises:
         BankError: one sentence with the file, the disease and the mend.
     """
+    path = path or DATA / "disease_bank.json"
     if evidences is None:
         raw = read_json(path)
         if isinstance(raw, dict) and any("condition_name" in str(v) for v in raw.values()):
