@@ -333,6 +333,13 @@ class Bank:
         return {n: i for i, n in enumerate(self.names)}
 
 
+def from_root(path: str | Path) -> str | Path:
+    """`path` as it is; if nothing is there, the same below the project's root, if that is
+    there. (Notebooks run in their own folder, commands in the root.)"""
+    below = ROOT / path
+    return below if below.exists() and not Path(path).exists() else path
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file; a BankError that names file and line if it is broken."""
     path = Path(path)
@@ -487,7 +494,7 @@ def load_bank(
     Raises:
         BankError: one sentence with the file, the disease and the mend.
     """
-    path = path or DATA / "disease_bank.json"
+    path = from_root(path or DATA / "disease_bank.json")
     if evidences is None:
         raw = read_json(path)
         if isinstance(raw, dict) and any("condition_name" in str(v) for v in raw.values()):
@@ -528,7 +535,8 @@ def load_bank(
 def split_bank(
     bank: Bank, withheld: float = 0.2, seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """(training, withheld) disease names, the same share of each body system withheld."""
+    """(training, withheld) disease names: of each body system the same share is withheld,
+    rounded; at least one disease in all."""
     rng = np.random.default_rng(seed)
     systems: dict[str, list[str]] = defaultdict(list)
     for d in bank.diseases:
@@ -537,6 +545,8 @@ def split_bank(
     for system in sorted(systems):
         count = round(withheld * len(systems[system]))
         out |= set(rng.permutation(systems[system])[:count].tolist())
+    if withheld and not out:  # only small systems: one of all diseases
+        out = {str(rng.choice(bank.names))}
     return [n for n in bank.names if n not in out], [n for n in bank.names if n in out]
 
 
@@ -1030,6 +1040,11 @@ class ChatTokens:
         eos = {tokenizer.eos_token_id, *self.end_ids}
         self.stop_ids = sorted(i for i in eos if i is not None)
 
+    @property
+    def by_sentence(self) -> bool:
+        """Whether a token is a whole sentence, as in notebook 07's tiny doctors."""
+        return len(self.encode(LAST_TURN)) == 1
+
     def _render(self, messages: list[dict]) -> str:
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
@@ -1458,12 +1473,12 @@ def load_doctor(
         torch.backends.cuda.enable_cudnn_sdp(False)
     lora_alpha = 2 * lora_rank
     if adapter:
+        adapter = from_root(adapter)
         saved = check_adapter(adapter)
         lora_rank, lora_alpha = saved["r"], saved["lora_alpha"]
-        base = saved["base_model_name_or_path"]
-        model_name = model_name or (ROOT / base if (ROOT / base).exists() else base)
+        model_name = model_name or saved["base_model_name_or_path"]
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(model_name or default_model()),
+        str(from_root(model_name or default_model())),
         max_seq_length=max_seq_length,
         load_in_4bit=load_in_4bit,
         dtype=dtype if gpu else torch.float32,  # bfloat16 is slow on most CPUs

@@ -122,6 +122,26 @@ def test_split_is_stratified_and_fixed(bank):
     assert {bank[n].system for n in withheld} == systems
 
 
+def test_a_split_withholds_something_of_small_systems_too(bank):
+    records = gx.read_json(gx.DATA / "disease_bank.json")
+    one_each = list({r["body_system"]: r for r in records}.values())
+    small = gx.build_bank(one_each, bank.lexicon)
+    train, withheld = gx.split_bank(small)
+    assert len(withheld) == 1 and len(train) == len(one_each) - 1
+    assert gx.split_bank(small, withheld=0)[1] == []
+
+
+def test_paths_below_the_project_are_found_from_any_folder(tmp_path, monkeypatch, bank):
+    monkeypatch.chdir(tmp_path)
+    assert gx.load_bank("data/disease_bank.json").names == bank.names
+    mine = gx.read_json(gx.DATA / "disease_bank.json")[:3]
+    (tmp_path / "data").mkdir()  # a file that is there goes first
+    (tmp_path / "data" / "disease_bank.json").write_text(json.dumps(mine))
+    assert len(gx.load_bank("data/disease_bank.json").names) == 3
+    with pytest.raises(gx.BankError, match="nowhere.json"):
+        gx.load_bank("nowhere.json")
+
+
 def test_ddxplus_format(tmp_path):
     evidences = {
         "E_1": {"question_en": "Do you have a fever?", "data_type": "B"},

@@ -41,6 +41,12 @@ def test_shipped_models_have_a_row_for_every_token_and_no_other(name):
     assert len(tokenizer) == config["vocab_size"]
 
 
+def test_only_the_tiny_doctor_speaks_by_sentence(tiny_tokenizer):
+    assert gx.ChatTokens(tiny_tokenizer).by_sentence
+    template = (TEMPLATES / "qwen3.jinja").read_text()
+    assert not gx.ChatTokens(dummy_tokenizer(template, *MODELS["qwen3"])).by_sentence
+
+
 class TokenDoctor:
     """Says random lines as token ids; sometimes it is cut off before its end token."""
 
