@@ -108,6 +108,7 @@ class Lexicon:
         for s in symptoms:
             said = ((s.yes, True), (s.no, False), (s.complaint, True))
             self.sentences |= {" ".join(words(t)): (s.name, present) for t, present in said}
+        self._own = {" ".join(words(s.question)): (s.name,) for s in symptoms}
         self._head = {w: group[0] for group in synonyms for w in group}
         phrases = [(s.name, p) for s in symptoms for p in (s.name, s.question, *s.ask)]
         phrases += [("", p) for p in unknown]
@@ -137,6 +138,8 @@ class Lexicon:
 
     def _find(self, text: str) -> tuple[str, ...]:
         """Names of the symptoms that `text` mentions, in its order; () if none."""
+        if own := self._own.get(" ".join(words(text))):
+            return own
         asked = [p for p in re.split(r"(?<=[?.!])\s+", text) if p.endswith("?")]
         found = self._find_in(" ".join(asked)) if asked else ()
         return found or self._find_in(text)
@@ -305,7 +308,10 @@ class Bank:
     def spellings(self) -> dict[str, str]:
         """Every normalised name and alias -> disease name."""
         return {
-            " ".join(words(a)): d.name for d in self.diseases for a in (d.name, *d.aliases)
+            " ".join(words(a)): d.name
+            for d in self.diseases
+            for a in (d.name, *d.aliases)
+            if words(a)
         }
 
     @cached_property
@@ -359,11 +365,19 @@ def load_lexicon(path: str | Path = DATA / "symptoms.json") -> Lexicon:
         raise BankError(f'{path}: expected an object with the key "symptoms".')
     symptoms = []
     for name, entry in raw["symptoms"].items():
-        lacks = [
-            k for k in ("question", "complaint", "yes", "no") if not (entry or {}).get(k)
-        ]
+        entry = entry or {}
+        lacks = [k for k in ("question", "complaint", "yes", "no") if not entry.get(k)]
         if lacks:
             raise BankError(f"{path}: symptom '{name}' lacks {', '.join(lacks)}. Add it.")
+        for key, value in entry.items():
+            if key not in Symptom.__dataclass_fields__ or key == "name":
+                close = difflib.get_close_matches(key, Symptom.__dataclass_fields__, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                raise BankError(f"{path}: symptom '{name}' has a key '{key}'.{hint}")
+            wanted = list if key in ("ask", "kind_of") else str
+            if not isinstance(value, wanted):
+                what = "a list of texts" if wanted is list else "a text"
+                raise BankError(f"{path}: symptom '{name}': \"{key}\" must be {what}.")
         entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
         symptoms.append(Symptom(name, **entry))
     return Lexicon(symptoms, raw.get("unknown", ()), raw.get("synonyms", ()))
@@ -475,13 +489,21 @@ def load_bank(
                 "evidences='…/release_evidences.json')."
             )
         return build_bank(raw, load_lexicon(lexicon), str(path))
-    questions = {k: e["question_en"].strip() for k, e in read_json(evidences).items()}
+    asked, conditions = read_json(evidences), read_json(path)
+    for file, content, key in (
+        (evidences, asked, "question_en"),
+        (path, conditions, "condition_name"),
+    ):
+        whole = isinstance(content, dict) and all(key in v for v in content.values())
+        if not whole:
+            raise BankError(f'{file}: not DDXPlus\'s: an entry has no "{key}".')
+    questions = {k: e["question_en"].strip() for k, e in asked.items()}
     symptoms = [
         Symptom(q, q, f'I would say yes to: "{q}"', f'Yes to: "{q}"', f'No to: "{q}"')
         for q in dict.fromkeys(questions.values())
     ]
     records = []
-    for condition in read_json(path).values():
+    for condition in conditions.values():
         coded = [*condition["symptoms"], *condition.get("antecedents", {})]
         missing = [c for c in coded if c not in questions]
         if missing:
@@ -677,19 +699,24 @@ def read_evidence(bank: Bank, question: str, reply: str) -> dict[str, bool]:
             evidence[known[0]] = known[1]
         elif words(sentence):
             rest.append(sentence)
-    for clause in re.split(r"[.!?,;]|\bbut\b|\band\b", " . ".join(rest)):
-        said = words(clause)
-        negative = bool(NEGATIVE & set(said))
-        found = lexicon.find(clause)
-        if not found and said and said[0] in YES | NO:
+    negative, cut = False, r",?\s*\b(?:but|and|or)\b|[.!?;,]"
+    for stop, clause in re.findall(rf"({cut}|^)(.*?)(?={cut}|$)", " . ".join(rest)):
+        said, found = words(clause), lexicon.find(clause)
+        listed = stop.strip() in LISTED and not STARTS & set(said)
+        negative = bool(NEGATIVE & set(said)) or (negative and listed)
+        answer = not found and said[:1] and said[0] in YES | NO  # to the question
+        if answer:
             found, negative = lexicon.find(question), said[0] in NO
         for s in found:
             evidence.setdefault(s, not negative)
+        negative = negative and not (answer and len(said) < 3)  # "No, just a headache"
     return {s: v for s, v in evidence.items() if s in bank.column}
 
 
 YES = frozenset("yes yeah yep yup sure definitely absolutely indeed correct right".split())
 NO = frozenset("no nope nah never negative not none".split())
+LISTED = (",", "and", "or", ", or")  # "no fever, cough or rash": one no for all
+STARTS = frozenset("i ive im my me some it theres".split())  # words of a new clause
 NEGATIVE = NO | frozenset("without dont doesnt didnt havent hasnt isnt arent wasnt".split())
 
 
@@ -728,10 +755,12 @@ def read_turn(text: str) -> Turn:
         depth = max(depth + (-1 if tag[1] else 1), 0)
         last = tag.end()
     (hidden if depth else spoken).append(text[last:])
-    said = " ".join("".join(spoken).split())
-    final = _FINAL.search(said)
-    name = final[1].split(". ")[0].strip(" .*_`\"'") if final else None
-    return Turn(text, said, " ".join(" ".join(hidden).split()), name or None)
+    said = "".join(spoken)
+    final = _FINAL.search(said)  # up to the end of its line or sentence
+    name = re.split(r"(?<!\b\w)\. ", final[1])[0].strip(" .*_`\"'") if final else None
+    return Turn(
+        text, " ".join(said.split()), " ".join(" ".join(hidden).split()), name or None
+    )
 
 
 class Consultation:
@@ -744,6 +773,9 @@ class Consultation:
     Args:
         patient: anything with `opening() -> str` and `reply(question) -> str`.
         max_tokens: cap on `completion_ids`; a longer conversation ends undiagnosed.
+        list_diseases: puts the candidate names in the prompt. Off by default: a list
+            costs several hundred tokens in every episode and turns the diagnosis into
+            multiple choice, withheld diseases included.
         reasoning: asks for hidden reasoning before each turn (`reward_reasoning`).
         feedback: a critic's words on an earlier try, put into the instructions (10).
     """
@@ -755,6 +787,7 @@ class Consultation:
         chat: ChatTokens | None = None,
         max_questions: int = MAX_QUESTIONS,
         max_tokens: int = 2048,
+        list_diseases: bool = False,
         reasoning: bool = False,
         feedback: str = "",
     ):
@@ -772,6 +805,8 @@ class Consultation:
         self.opening = self._cue(patient.opening())
         self.evidence = read_evidence(bank, "", self.opening)
         self.system = SYSTEM.format(n=max_questions)
+        if list_diseases:
+            self.system += ". One of: " + "; ".join(bank.names)
         if reasoning:
             self.system += ". " + THINK
         if feedback:
@@ -938,7 +973,7 @@ def save_transcripts(episodes: Sequence[Episode], path: str | Path) -> Path:
     """Writes one JSON object per episode and line; makes the folders it needs."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(e), ensure_ascii=False) for e in episodes]
+    lines = [json.dumps(asdict(e)) for e in episodes]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -1056,7 +1091,7 @@ def play(
     Finished ones leave the batch. Order is kept: episode i belongs to case_ids[i].
     A smaller `at_once` needs less memory. `patient` makes the patient of a case. `feedback`
     holds a critic's words for each case id (10); leave it empty for none. `options` go to
-    Consultation (max_questions, max_tokens, reasoning).
+    Consultation (max_questions, max_tokens, list_diseases, reasoning).
     """
     from tqdm.auto import tqdm
 
@@ -1163,8 +1198,15 @@ def match_disease(bank: Bank, text: str) -> str | None:
 
     Names and aliases in any spelling count ("flu" is Influenza); typos are forgiven word
     by word, unless two diseases are about as near ("Hepatitis B" is not Hepatitis A).
-    A denial or a choice ("not influenza", "flu or a cold") names nothing.
+    A denial or a choice ("not influenza", "flu or a cold") names nothing. What stands in
+    brackets must not contradict the rest: "Influenza (flu)".
     """
+    inside = re.search(r"\((.+?)\)", text)
+    if inside:
+        outer = match_disease(bank, text.replace(inside[0], " "))
+        inner = match_disease(bank, inside[1])
+        denied = HEDGES & set(words(inside[1]))
+        return outer if not denied and inner in (None, outer) else None
     said = words(text)
     while said and said[0] in FILLERS and " ".join(said) not in bank.spellings:
         said = said[1:]

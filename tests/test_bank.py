@@ -76,6 +76,8 @@ def changed(**changes):
         (changed(sex="Female"), '"sex" must be one of'),
         (changed(typical_onset="week"), '"typical_onset" must be one of'),
         (changed(aliases=[1]), '"aliases" must be a list'),
+        (changed(icd10=7), '"icd10" must be a text'),
+        (changed()[:1], "complaint gives it away"),
     ],
 )
 def test_every_fault_gets_one_clear_error(tmp_path, records, says):
@@ -112,6 +114,22 @@ def test_lexicon_errors_name_the_symptom(tmp_path):
         gx.load_lexicon(path)
 
 
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"aks": ["hot"]}, "'fever' has a key 'aks'. Did you mean 'ask'"),
+        ({"ask": "hot"}, "'fever': \"ask\" must be a list of texts"),
+        ({"yes": True}, "'fever': \"yes\" must be a text"),
+    ],
+)
+def test_a_lexicon_with_a_wrong_key_or_type(tmp_path, extra, says):
+    path = tmp_path / "symptoms.json"
+    whole = dict(question="Fever?", complaint="I am hot.", yes="Yes.", no="No.")
+    path.write_text(json.dumps({"symptoms": {"fever": whole | extra}}))
+    with pytest.raises(gx.BankError, match=says):
+        gx.load_lexicon(path)
+
+
 def test_split_is_stratified_and_fixed(bank):
     train, withheld = gx.split_bank(bank)
     assert set(train) | set(withheld) == set(bank.names)
@@ -145,7 +163,7 @@ def test_paths_below_the_project_are_found_from_any_folder(tmp_path, monkeypatch
 def test_ddxplus_format(tmp_path):
     evidences = {
         "E_1": {"question_en": "Do you have a fever?", "data_type": "B"},
-        "E_2": {"question_en": "Do you have a cough?", "data_type": "B"},
+        "E_2": {"question_en": "Is it (or are they) larger than 1cm?", "data_type": "B"},
         "E_3": {"question_en": "Where is the pain?", "data_type": "M"},
     }
     conditions = {
@@ -163,9 +181,13 @@ def test_ddxplus_format(tmp_path):
     bank = gx.load_bank(tmp_path / "c.json", evidences=tmp_path / "e.json")
     assert bank.names == ["Flu", "Sore throat"] and bank["Flu"].aliases == ("Grippe",)
     scores, _ = gx.evaluate(gx.BayesDoctor(bank), bank, gx.sample_cases(bank.names, 50))
-    assert scores["accuracy"] > 0.9
+    assert scores["accuracy"] > 0.9 and scores["not_understood"] == 0
     with pytest.raises(gx.BankError, match="evidences="):
         gx.load_bank(tmp_path / "c.json")
+    with pytest.raises(gx.BankError, match="c.json: not DDXPlus's"):  # swapped
+        gx.load_bank(tmp_path / "e.json", evidences=tmp_path / "c.json")
+    with pytest.raises(gx.BankError, match="disease_bank.json: not DDXPlus's"):
+        gx.load_bank(gx.DATA / "disease_bank.json", evidences=tmp_path / "e.json")
     del evidences["E_3"]
     (tmp_path / "e.json").write_text(json.dumps(evidences))
     with pytest.raises(gx.BankError, match="Angine: evidence E_3"):

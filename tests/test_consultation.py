@@ -26,6 +26,8 @@ CASE = "Influenza|canonical|2"
         ("FINAL DIAGNOSIS - the flu", "FINAL DIAGNOSIS - the flu", "the flu"),
         ("**Final diagnosis:** Gout", "**Final diagnosis:** Gout", "Gout"),
         ("The final diagnosis is gout. Rest.", None, "gout"),
+        ("Final diagnosis: **Gout**\nPlease rest", None, "Gout"),
+        ("Final diagnosis: E. coli infection. Rest.", None, "E. coli infection"),
         ("<reason>Final diagnosis: x</reason>Do you cough?", "Do you cough?", None),
         ("<think>a<reason>b</reason>c</think>Hi", "Hi", None),
         ("<reasoning>never closed. Final diagnosis: x", "", None),
@@ -123,6 +125,7 @@ def test_belief_is_bayes_rule_by_hand(bank):
 
 def test_transcripts_survive_saving(bank, tmp_path):
     episodes = gx.play(gx.BayesDoctor(bank), bank, gx.sample_cases(bank.names, 5))
+    episodes[0].replies[0] = "Yes.\u2028No. \ud800"  # a line separator, half a character
     gx.save_transcripts(episodes, tmp_path / "deep" / "t.jsonl")
     assert gx.load_transcripts(tmp_path / "deep" / "t.jsonl") == episodes
 

@@ -136,3 +136,25 @@ def test_free_text_answers_are_read(bank):
         "fever": False,
     }
     assert read("Do you have a fever?", "I like trains") == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "present", "absent"),
+    [
+        ("No fever, cough or chills.", "", "fever, dry cough, chills"),
+        ("A headache, no cough, rash or chills.", "headache", "dry cough, rash, chills"),
+        ("I haven't had a fever or a rash, and I feel sick.", "nausea", "fever, rash"),
+        ("I have a headache, no fever, and chills.", "headache, chills", "fever"),
+        ("No, just a headache.", "headache", "fever"),
+        ("No, I have a headache and nausea.", "headache, nausea", "fever"),
+        ("No. My head hurts, I have no rash, my throat is sore.", "headache, sore throat",
+         "fever, rash"),
+        ("Yes, and a rash too.", "fever, rash", ""),
+    ],
+)  # fmt: skip
+def test_one_no_counts_for_a_whole_list_and_ends_with_it(bank, answer, present, absent):
+    said = gx.read_evidence(bank, "Do you have a fever?", answer)
+    assert {s for s, yes in said.items() if yes} == set(filter(None, present.split(", ")))
+    assert {s for s, yes in said.items() if not yes} == set(
+        filter(None, absent.split(", "))
+    )

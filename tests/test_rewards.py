@@ -26,10 +26,22 @@ import grpodx_utils as gx
         ("type 3 diabetes", None),
         ("", None),
         ("NAME", None),
+        ("Influenza (flu)", "Influenza"),
+        ("COPD (smoker's lung)", "Chronic obstructive pulmonary disease"),
+        ("Influenza (not COVID-19)", None),
+        ("Influenza (COVID-19)", None),
     ],
 )
 def test_match_disease(bank, text, disease):
     assert gx.match_disease(bank, text) == disease
+
+
+def test_an_alias_without_latin_letters_names_nothing(bank):
+    records = gx.read_json(gx.DATA / "disease_bank.json")
+    records[0]["aliases"] = ["流感"]
+    other = gx.build_bank(records, bank.lexicon)
+    assert gx.match_disease(other, "???") is None
+    assert gx.match_disease(other, "influenza") == "Influenza"
 
 
 def test_every_name_and_alias_is_its_own_disease(bank):
