@@ -1201,16 +1201,16 @@ def match_disease(bank: Bank, text: str) -> str | None:
     A denial or a choice ("not influenza", "flu or a cold") names nothing. What stands in
     brackets must not contradict the rest: "Influenza (flu)".
     """
-    inside = re.search(r"\((.+?)\)", text)
-    if inside:
-        outer = match_disease(bank, text.replace(inside[0], " "))
-        inner = match_disease(bank, inside[1])
-        denied = HEDGES & set(words(inside[1]))
-        return outer if not denied and inner in (None, outer) else None
     said = words(text)
     while said and said[0] in FILLERS and " ".join(said) not in bank.spellings:
         said = said[1:]
     exact = bank.spellings.get(" ".join(said))
+    inside = re.search(r"\((.+?)\)", text)
+    if inside and not exact:
+        outer = match_disease(bank, text.replace(inside[0], " "))
+        inner = match_disease(bank, inside[1])
+        denied = HEDGES & set(words(inside[1]))
+        return outer if not denied and inner in (None, outer) else None
     if exact or not said or HEDGES & set(said):
         return exact
     near: dict[str, float] = {}
