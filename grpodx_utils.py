@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sqlite3
+import threading
 import time
 import unicodedata
 import warnings
@@ -1943,7 +1944,7 @@ class ChatServer:
             timeout=timeout,
             max_retries=retries,
         )
-        self._secret = key
+        self._secret, self._lock = key, threading.Lock()
         self.answered = self.stored = self.unusable = self.failed = self.unasked = 0
         self.tokens = [0, 0]  # read, written
         self.last_fault = ""
@@ -2049,20 +2050,24 @@ class ChatServer:
             options["response_format"] = {"type": "json_schema", "json_schema": shape}
         for attempt in range(self.retries + 1):
             if self.over_budget:
-                self.unasked += 1
+                self._count("unasked")
                 return None
             try:
                 text = self._text(self._request(messages, options, self._client), schema)
-                self.answered += 1
+                self._count("answered")
                 return text
             except Exception as e:
                 self.last_fault = self._fault(e)
                 if isinstance(e, openai.APIConnectionError | openai.APIStatusError):
                     break  # the client has retried these itself
-                self.unusable += 1  # no JSON, no text, or not like `schema`
+                self._count("unusable")  # no JSON, no text, or not like `schema`
             time.sleep(min(0.1 * 2**attempt, 5))
-        self.failed += 1
+        self._count("failed")
         return None
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            setattr(self, what, getattr(self, what) + 1)
 
     def _request(self, messages, options, client):
         out = client.chat.completions.create(
@@ -2075,8 +2080,9 @@ class ChatServer:
         usage = getattr(out, "usage", None)
         read = getattr(usage, "prompt_tokens", 0) or 0
         written = getattr(usage, "completion_tokens", 0) or 0
-        self.tokens[0] += read
-        self.tokens[1] += written
+        with self._lock:
+            self.tokens[0] += read
+            self.tokens[1] += written
         return out
 
     @staticmethod
