@@ -343,7 +343,7 @@ def from_root(path: str | Path) -> str | Path:
 
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file; a BankError that names file and line if it is broken."""
-    path = Path(path)
+    path = Path(from_root(path))
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as e:
@@ -366,7 +366,7 @@ def load_lexicon(path: str | Path = DATA / "symptoms.json") -> Lexicon:
         raise BankError(f'{path}: expected an object with the key "symptoms".')
     symptoms = []
     for name, entry in raw["symptoms"].items():
-        entry = entry or {}
+        entry = entry if isinstance(entry, dict) else {}
         lacks = [k for k in ("question", "complaint", "yes", "no") if not entry.get(k)]
         if lacks:
             raise BankError(f"{path}: symptom '{name}' lacks {', '.join(lacks)}. Add it.")
@@ -398,7 +398,8 @@ def build_bank(records: Sequence[Mapping], lexicon: Lexicon, where: str = "bank"
     for number, record in enumerate(records, 1):
         disease = _read_disease(record, lexicon, f"disease {number}", where)
         for spelling in (disease.name, *disease.aliases):
-            first = owner.setdefault(" ".join(words(spelling)), disease)
+            key = " ".join(words(spelling))  # empty: no Latin letter or digit in it
+            first = owner.setdefault(key, disease) if key else disease
             if first is not disease:
                 raise BankError(
                     f"{where}: {disease.name}: the name '{spelling}' is already used by "
@@ -435,8 +436,8 @@ def _read_disease(record: Any, lexicon: Lexicon, name: str, where: str) -> Disea
 
     need(isinstance(record, dict), f"expected an object, got {type(record).__name__}")
     given = record.get("disease_name")
-    good = texts([given]) and given.strip() and "|" not in given
-    need(good, "\"disease_name\" must be a non-empty string without '|'")
+    good = texts([given]) and words(given) and "|" not in given
+    need(good, "\"disease_name\" must be a text with Latin letters and without '|'")
     name, raw = given, record.get("symptoms")
     need(isinstance(raw, dict) and raw, '"symptoms" must be a non-empty object')
     for symptom, value in raw.items():
@@ -481,7 +482,7 @@ def load_bank(
     Raises:
         BankError: one sentence with the file, the disease and the mend.
     """
-    path = from_root(path or DATA / "disease_bank.json")
+    path = path or DATA / "disease_bank.json"
     if evidences is None:
         raw = read_json(path)
         if isinstance(raw, dict) and any("condition_name" in str(v) for v in raw.values()):
@@ -495,8 +496,8 @@ def load_bank(
         (evidences, asked, "question_en"),
         (path, conditions, "condition_name"),
     ):
-        whole = isinstance(content, dict) and all(key in v for v in content.values())
-        if not whole:
+        entries = content.values() if isinstance(content, dict) else [content]
+        if not all(isinstance(v, dict) and key in v for v in entries):
             raise BankError(f'{file}: not DDXPlus\'s: an entry has no "{key}".')
     questions = {k: e["question_en"].strip() for k, e in asked.items()}
     symptoms = [
@@ -701,7 +702,7 @@ def read_evidence(bank: Bank, question: str, reply: str) -> dict[str, bool]:
         elif words(sentence):
             rest.append(sentence)
     negative, cut = False, r",?\s*\b(?:but|and|or)\b|[.!?;,]"
-    for stop, clause in re.findall(rf"({cut}|^)(.*?)(?={cut}|$)", " . ".join(rest)):
+    for stop, clause in re.findall(rf"(?s)({cut}|^)(.*?)(?={cut}|$)", " . ".join(rest)):
         said, found = words(clause), lexicon.find(clause)
         listed = stop.strip() in LISTED and not STARTS & set(said)
         negative = bool(NEGATIVE & set(said)) or (negative and listed)
@@ -2056,11 +2057,12 @@ class ChatServer:
                 text = self._text(self._request(messages, options, self._client), schema)
                 self._count("answered")
                 return text
-            except Exception as e:
+            except (openai.APIConnectionError, openai.APIStatusError) as e:
                 self.last_fault = self._fault(e)
-                if isinstance(e, openai.APIConnectionError | openai.APIStatusError):
-                    break  # the client has retried these itself
-                self._count("unusable")  # no JSON, no text, or not like `schema`
+                break  # the client has retried these itself
+            except UNUSABLE + (openai.APIError,) as e:
+                self.last_fault = self._fault(e)
+                self._count("unusable")
             time.sleep(min(0.1 * 2**attempt, 5))
         self._count("failed")
         return None
@@ -2104,6 +2106,8 @@ class ChatServer:
         return (text.replace(self._secret, "***") if self._secret else text)[:200]
 
 
+# What an answer raises that is no JSON, has no text, or is not like the schema.
+UNUSABLE = (AttributeError, IndexError, TypeError, ValueError)
 PATIENT = """\
 You play a patient in a consultation, for teaching. You are {age} years old, {sex}. {since}
 These are all your complaints: {have}

@@ -151,6 +151,7 @@ def test_free_text_answers_are_read(bank):
         ("No. My head hurts, I have no rash, my throat is sore.", "headache, sore throat",
          "fever, rash"),
         ("Yes, and a rash too.", "fever, rash", ""),
+        ("No fever\nbut my head hurts", "headache", "fever"),
     ],
 )  # fmt: skip
 def test_one_no_counts_for_a_whole_list_and_ends_with_it(bank, answer, present, absent):

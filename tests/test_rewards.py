@@ -38,7 +38,7 @@ def test_match_disease(bank, text, disease):
 
 def test_an_alias_without_latin_letters_names_nothing(bank):
     records = gx.read_json(gx.DATA / "disease_bank.json")
-    records[0]["aliases"] = ["流感"]
+    records[0]["aliases"], records[1]["aliases"] = ["流感"], ["感冒"]
     other = gx.build_bank(records, bank.lexicon)
     assert gx.match_disease(other, "???") is None
     assert gx.match_disease(other, "influenza") == "Influenza"
