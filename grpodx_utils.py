@@ -16,9 +16,11 @@ import copy
 import difflib
 import hashlib
 import json
+import linecache
 import os
 import re
 import sqlite3
+import sys
 import threading
 import time
 import unicodedata
@@ -31,6 +33,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -48,6 +51,30 @@ MODES = ("sampled", "canonical", "noisy")
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008).
 COLORS = dict(before="#999999", after="#0072B2", bayes="#009E73", random="#E69F00")
 DISCLAIMER = "Synthetic teaching data. Not medical advice."
+
+
+@lru_cache
+def notebook(number: str) -> ModuleType:
+    """The definitions of a notebook as a module: `gx.notebook("03").ModelDoctor`.
+
+    Runs its cells tagged `definitions` (imports, functions, classes, constants), once
+    and without a kernel. They may use `gx`, and import from earlier notebooks likewise.
+
+    Raises:
+        ValueError: there is no notebook of that number.
+    """
+    found = sorted((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
+    if len(found) != 1:
+        raise ValueError(f"notebook {number!r}: no file notebooks/{number}_*.ipynb.")
+    module = ModuleType(f"notebook_{number}", f"Definitions of {found[0].name}.")
+    module.gx = sys.modules[__name__]
+    sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
+    for i, cell in enumerate(json.loads(found[0].read_text("utf-8"))["cells"]):
+        if "definitions" in cell["metadata"].get("tags", ()):
+            source, where = "".join(cell["source"]), f"{found[0].name}, cell {i}"
+            linecache.cache[where] = len(source), None, source.splitlines(True), where
+            exec(compile(source, where, "exec", dont_inherit=True), module.__dict__)
+    return module
 
 
 # ------------------------------------------------------- 1. words to symptoms (02, 03)
