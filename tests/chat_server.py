@@ -19,7 +19,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpodx_utils as gx
 
-FAULTS = ("429", "500", "hang", "drop", "no json", "no choices", "empty", "out of range")
+FAULTS = (
+    "429",
+    "500",
+    "hang",
+    "drop",
+    "no json",
+    "no choices",
+    "empty",
+    "out of range",
+)
 KEY = "sk-local-test-key"
 
 
@@ -36,7 +45,10 @@ class Server(ThreadingHTTPServer):
             threading.Lock(),
             gx.load_bank(),
         )
-        self.met, self.only = dict.fromkeys(FAULTS, 0), only  # `only`: always this fault
+        self.met, self.only = (
+            dict.fromkeys(FAULTS, 0),
+            only,
+        )  # `only`: always this fault
         self.requests = 0
 
     @property
@@ -114,7 +126,9 @@ class Handler(BaseHTTPRequestHandler):
                 server.met[fault] += 1
         if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
             sent = self.headers.get("Authorization")
-            return self.send(401, json.dumps({"error": {"message": f"Bad key: {sent}"}}))
+            return self.send(
+                401, json.dumps({"error": {"message": f"Bad key: {sent}"}})
+            )
         if body["model"] == "missing":
             return self.send(404, json.dumps({"error": {"message": "no such model"}}))
         time.sleep(server.hang if fault == "hang" else server.latency)
@@ -135,7 +149,12 @@ class Handler(BaseHTTPRequestHandler):
         read = sum(len(m["content"]) for m in body["messages"]) // 4
         usage = {"prompt_tokens": read, "completion_tokens": len(text) // 4}
         usage["total_tokens"] = sum(usage.values())
-        out = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+        out = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+        }
         out |= {"choices": [] if fault == "no choices" else [choice], "usage": usage}
         self.send(200, json.dumps(out))
 
@@ -144,11 +163,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--latency", type=float, default=0.0, help="seconds")
-    parser.add_argument("--faults", type=float, default=0.0, help="share of bad answers")
-    parser.add_argument("--with-parent", action="store_true", help="end when stdin closes")
+    parser.add_argument(
+        "--faults", type=float, default=0.0, help="share of bad answers"
+    )
+    parser.add_argument(
+        "--with-parent", action="store_true", help="end when stdin closes"
+    )
     args = parser.parse_args()
     if args.with_parent:
-        end = threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True)
+        end = threading.Thread(
+            target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True
+        )
         end.start()
     server = Server(args.port, args.latency, args.faults)
     print(server.url, flush=True)

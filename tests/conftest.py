@@ -9,14 +9,14 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+
+import grpodx_utils as gx  # noqa: E402  (before torch: it sets how threads wait)
 import torch  # noqa: E402
 
 if torch.cuda.is_available():
     import unsloth  # noqa: E402, F401  (before transformers)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
-
-import grpodx_utils as gx  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +27,12 @@ def bank():
 def dummy_tokenizer(template: str, special: list[str], eos: str):
     """A byte-level tokenizer (one token per byte) with a model's special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
+    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -7,6 +7,9 @@ import pytest
 
 import grpodx_utils as gx
 
+two = gx.notebook("02")
+SINCE = "sudden hours days weeks months years".split()
+
 
 def test_the_bank_has_what_the_card_says(bank):
     assert len(bank.diseases) >= 60
@@ -14,13 +17,13 @@ def test_the_bank_has_what_the_card_says(bank):
     assert len(bank.symptoms) >= 100
     for d in bank.diseases:
         assert 6 <= len(d.findings) <= 16, d.name
-        assert d.aliases and d.icd10 and d.red_flags and d.onset in gx.SINCE, d.name
+        assert d.aliases and d.icd10 and d.red_flags and d.onset in SINCE, d.name
         assert "https://" in d.source, d.name
 
 
 def test_no_chief_complaint_identifies_a_disease(bank):
     for s in bank.symptoms:
-        p = gx.belief(bank, [{s: True}])[0]
+        p = two.belief(bank, [{s: True}])[0]
         possible = (bank.complaint_rates[:, bank.column[s]] > 0.01).sum()
         assert possible != 1 and (possible == 0 or p.max() < 0.9), s
 
@@ -34,7 +37,9 @@ def test_no_two_diseases_are_alike(bank):
 
 
 def test_rates_have_no_zero_and_complaints_sum_to_one(bank):
-    assert bank.rates.min() >= gx.BACKGROUND and bank.rates.max() <= 1 - gx.BACKGROUND
+    assert (
+        bank.rates.min() >= bank.BACKGROUND and bank.rates.max() <= 1 - bank.BACKGROUND
+    )
     assert np.allclose(bank.complaint_rates.sum(1), 1)
 
 
@@ -111,7 +116,7 @@ def test_lexicon_errors_name_the_symptom(tmp_path):
     path = tmp_path / "symptoms.json"
     path.write_text('{"symptoms": {"fever": {"question": "Fever?"}}}')
     with pytest.raises(gx.BankError, match="'fever' lacks complaint, yes, no"):
-        gx.load_lexicon(path)
+        gx.load_bank(lexicon=path)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_a_lexicon_with_a_wrong_key_or_type(tmp_path, extra, says):
     whole = dict(question="Fever?", complaint="I am hot.", yes="Yes.", no="No.")
     path.write_text(json.dumps({"symptoms": {"fever": whole | extra}}))
     with pytest.raises(gx.BankError, match=says):
-        gx.load_lexicon(path)
+        gx.load_bank(lexicon=path)
 
 
 def test_split_is_stratified_and_fixed(bank):
@@ -143,27 +148,19 @@ def test_split_is_stratified_and_fixed(bank):
 def test_a_split_withholds_something_of_small_systems_too(bank):
     records = gx.read_json(gx.DATA / "disease_bank.json")
     one_each = list({r["body_system"]: r for r in records}.values())
-    small = gx.build_bank(one_each, bank.lexicon)
+    small = gx.load_bank(one_each)
     train, withheld = gx.split_bank(small)
     assert len(withheld) == 1 and len(train) == len(one_each) - 1
     assert gx.split_bank(small, withheld=0)[1] == []
 
 
-def test_paths_below_the_project_are_found_from_any_folder(tmp_path, monkeypatch, bank):
-    monkeypatch.chdir(tmp_path)
-    assert gx.load_bank("data/disease_bank.json").names == bank.names
-    mine = gx.read_json(gx.DATA / "disease_bank.json")[:3]
-    (tmp_path / "data").mkdir()  # a file that is there goes first
-    (tmp_path / "data" / "disease_bank.json").write_text(json.dumps(mine))
-    assert len(gx.load_bank("data/disease_bank.json").names) == 3
-    with pytest.raises(gx.BankError, match="nowhere.json"):
-        gx.load_bank("nowhere.json")
-
-
 def test_ddxplus_format(tmp_path):
     evidences = {
         "E_1": {"question_en": "Do you have a fever?", "data_type": "B"},
-        "E_2": {"question_en": "Is it (or are they) larger than 1cm?", "data_type": "B"},
+        "E_2": {
+            "question_en": "Is it (or are they) larger than 1cm?",
+            "data_type": "B",
+        },
         "E_3": {"question_en": "Where is the pain?", "data_type": "M"},
     }
     conditions = {
@@ -178,17 +175,19 @@ def test_ddxplus_format(tmp_path):
     }  # fmt: skip
     (tmp_path / "e.json").write_text(json.dumps(evidences))
     (tmp_path / "c.json").write_text(json.dumps(conditions))
-    bank = gx.load_bank(tmp_path / "c.json", evidences=tmp_path / "e.json")
+    bank = two.load_ddxplus(tmp_path / "c.json", tmp_path / "e.json")
     assert bank.names == ["Flu", "Sore throat"] and bank["Flu"].aliases == ("Grippe",)
-    scores, _ = gx.evaluate(gx.BayesDoctor(bank), bank, gx.sample_cases(bank.names, 50))
+    scores, _ = gx.evaluate(
+        two.BayesDoctor(bank), bank, gx.sample_cases(bank.names, 50)
+    )
     assert scores["accuracy"] > 0.9 and scores["not_understood"] == 0
-    with pytest.raises(gx.BankError, match="evidences="):
+    with pytest.raises(gx.BankError, match="DDXPlus"):
         gx.load_bank(tmp_path / "c.json")
     with pytest.raises(gx.BankError, match="c.json: not DDXPlus's"):  # swapped
-        gx.load_bank(tmp_path / "e.json", evidences=tmp_path / "c.json")
+        two.load_ddxplus(tmp_path / "e.json", tmp_path / "c.json")
     with pytest.raises(gx.BankError, match="disease_bank.json: not DDXPlus's"):
-        gx.load_bank(gx.DATA / "disease_bank.json", evidences=tmp_path / "e.json")
+        two.load_ddxplus(gx.DATA / "disease_bank.json", tmp_path / "e.json")
     del evidences["E_3"]
     (tmp_path / "e.json").write_text(json.dumps(evidences))
     with pytest.raises(gx.BankError, match="Angine: evidence E_3"):
-        gx.load_bank(tmp_path / "c.json", evidences=tmp_path / "e.json")
+        two.load_ddxplus(tmp_path / "c.json", tmp_path / "e.json")

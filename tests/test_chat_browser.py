@@ -50,7 +50,9 @@ def lab(tmp_path_factory):
 
 def test_a_person_talks_with_the_doctor(lab):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, "install Debian's chromium for this test (apt-get install chromium)"
+    assert chromium, (
+        "install Debian's chromium for this test (apt-get install chromium)"
+    )
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as p:
@@ -61,7 +63,9 @@ def test_a_person_talks_with_the_doctor(lab):
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
         page.wait_for_timeout(3000)
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        window = page.locator(".jp-OutputArea-output", has_text="For real complaints").last
+        window = page.locator(
+            ".jp-OutputArea-output", has_text="For real complaints"
+        ).last
         window.wait_for(state="attached", timeout=240_000)
         box = window.locator("input[type=text]").first
         page.wait_for_timeout(3000)

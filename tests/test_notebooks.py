@@ -122,7 +122,9 @@ def test_every_gx_name_exists(nb):
 
 def test_no_secrets_and_no_absolute_paths(nb):
     code = "\n".join(sources(nb, "code"))
-    assert not re.search(r"sk-[A-Za-z0-9]{8}|hf_[A-Za-z]{10}|api_key\s*=\s*[\"']\w", code)
+    assert not re.search(
+        r"sk-[A-Za-z0-9]{8}|hf_[A-Za-z]{10}|api_key\s*=\s*[\"']\w", code
+    )
     every = json.dumps(nb)
     assert not re.search(r"[\"' ](/home/|/root/|/Users/|/work/|/tmp/)", every)
 

@@ -30,7 +30,9 @@ def place(tmp_path_factory):
 )
 def test_notebooks_run_with_another_bank(place, notebook, options, monkeypatch):
     monkeypatch.setenv("GRPODX_SMOKE", "1")
-    options = {k: str(place / v) if isinstance(v, str) else v for k, v in options.items()}
+    options = {
+        k: str(place / v) if isinstance(v, str) else v for k, v in options.items()
+    }
     papermill.execute_notebook(
         ROOT / "notebooks" / f"{notebook}.ipynb",
         place / f"{notebook}.ipynb",

@@ -35,7 +35,7 @@ def test_own_questions_and_answers_are_understood(bank):
 
 
 def test_a_case_id_says_it_all(bank):
-    for mode in gx.MODES:
+    for mode in ("sampled", "canonical", "noisy"):
         for case_id in gx.sample_cases(bank.names, 30, seed=3, mode=mode):
             case = gx.make_case(bank, case_id)
             assert case == gx.make_case(gx.load_bank(), case_id)
@@ -56,7 +56,7 @@ def test_sampled_findings_follow_the_fractions(bank):
     for symptom, share in bank["Influenza"].findings.items():
         asked = [c for c in cases if c.complaint != symptom]
         seen = sum(symptom in c.findings for c in asked) / len(asked)
-        expected = min(share, 1 - gx.BACKGROUND)
+        expected = min(share, 1 - bank.BACKGROUND)
         assert abs(seen - expected) < 0.09, (symptom, share, seen)
 
 
@@ -84,9 +84,9 @@ def test_answers(bank, flu):
     assert flu.reply("You don't have a fever, do you?") == "Yes, I have a fever."
     both = flu.reply("Any fever, or a rash?")
     assert both.startswith("Yes, I have a fever.") and "No" in both
-    assert flu.reply("What was your blood pressure?") == gx.UNSURE
-    assert flu.reply("Do unicorns exist?") == gx.UNSURE
-    assert flu.reply("") == gx.UNSURE
+    assert flu.reply("What was your blood pressure?") == gx.ScriptedPatient.UNSURE
+    assert flu.reply("Do unicorns exist?") == gx.ScriptedPatient.UNSURE
+    assert flu.reply("") == gx.ScriptedPatient.UNSURE
     assert str(flu.case.age) in flu.reply("How old are you?")
     assert "ago" in flu.reply("How long have you had this?")
     assert flu.reply("Are you male or female?") in ("I am a man.", "I am a woman.")
@@ -96,7 +96,7 @@ def test_anything_else_volunteers_one_finding_once(bank, flu):
     more = flu.reply("Is there anything else bothering you?")
     told = gx.read_evidence(bank, "", more)
     assert len(told) == 1 and set(told) <= flu.case.findings - {flu.case.complaint}
-    assert flu.reply("Any other symptoms?") == gx.NOTHING_ELSE
+    assert flu.reply("Any other symptoms?") == gx.ScriptedPatient.NOTHING_ELSE
 
 
 def test_heavy_periods_and_prostate_fit_the_sex(bank):
@@ -156,7 +156,9 @@ def test_free_text_answers_are_read(bank):
 )  # fmt: skip
 def test_one_no_counts_for_a_whole_list_and_ends_with_it(bank, answer, present, absent):
     said = gx.read_evidence(bank, "Do you have a fever?", answer)
-    assert {s for s, yes in said.items() if yes} == set(filter(None, present.split(", ")))
+    assert {s for s, yes in said.items() if yes} == set(
+        filter(None, present.split(", "))
+    )
     assert {s for s, yes in said.items() if not yes} == set(
         filter(None, absent.split(", "))
     )

@@ -59,7 +59,13 @@ def test_two_processes_train_one_model(run):
     assert alone["whole"] and a["whole"] and b["whole"], "groups stay whole"
     assert len(a["cases"]) == len(b["cases"]) == BATCH // 2
     assert a["lora"] == b["lora"], "both hold the same weights after the same steps"
-    assert sorted(a["cases"] + b["cases"]) == sorted(alone["cases"]), "the same patients"
-    assert a["logged"] == b["logged"] == pytest.approx(np.mean(a["correct"] + b["correct"]))
+    assert sorted(a["cases"] + b["cases"]) == sorted(alone["cases"]), (
+        "the same patients"
+    )
+    assert (
+        a["logged"]
+        == b["logged"]
+        == pytest.approx(np.mean(a["correct"] + b["correct"]))
+    )
     noise = 4 * np.sqrt(2 * 0.25 / (BATCH * STEPS))  # four standard errors
     assert abs(np.mean(a["curve"]) - np.mean(alone["curve"])) < noise

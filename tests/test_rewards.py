@@ -73,7 +73,9 @@ def test_rewards(bank):
 
 def test_rewards_accept_what_trl_passes(bank):
     e = episode(bank, "Final diagnosis: flu")
-    extra = dict(prompts=["x"], completions=["y"], completion_ids=[[1]], log_metric=print)
+    extra = dict(
+        prompts=["x"], completions=["y"], completion_ids=[[1]], log_metric=print
+    )
     assert gx.reward_correct(episode=[e], **extra) == [1.0]
 
 

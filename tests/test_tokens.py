@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import grpodx_utils as gx
 
+three = gx.notebook("03")
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 IM, LLAMA = ["<|im_start|>", "<|im_end|>"], ["<|start_header_id|>", "<|end_header_id|>"]
 MODELS = {  # template file: (special tokens, end of turn)
@@ -28,9 +29,9 @@ MODELS = {  # template file: (special tokens, end of turn)
 @pytest.fixture(params=[*MODELS, "tiny_doctor"])
 def chat(request, tiny_tokenizer):
     if request.param == "tiny_doctor":
-        return gx.ChatTokens(tiny_tokenizer)
+        return three.ChatTokens(tiny_tokenizer)
     template = (TEMPLATES / f"{request.param}.jinja").read_text()
-    return gx.ChatTokens(dummy_tokenizer(template, *MODELS[request.param]))
+    return three.ChatTokens(dummy_tokenizer(template, *MODELS[request.param]))
 
 
 @pytest.mark.parametrize("name", ["tiny_doctor", "tiny_doctor_advised", "tiny_patient"])
@@ -42,9 +43,9 @@ def test_shipped_models_have_a_row_for_every_token_and_no_other(name):
 
 
 def test_only_the_tiny_doctor_speaks_by_sentence(tiny_tokenizer):
-    assert gx.ChatTokens(tiny_tokenizer).by_sentence
+    assert three.ChatTokens(tiny_tokenizer).by_sentence
     template = (TEMPLATES / "qwen3.jinja").read_text()
-    assert not gx.ChatTokens(dummy_tokenizer(template, *MODELS["qwen3"])).by_sentence
+    assert not three.ChatTokens(dummy_tokenizer(template, *MODELS["qwen3"])).by_sentence
 
 
 class TokenDoctor:
@@ -56,8 +57,10 @@ class TokenDoctor:
     def __call__(self, consultations):
         out = []
         for c in consultations:
-            stop = len(c.turns) >= c.max_questions or self.random.random() < 0.15
-            line = self.random.choice(["Any fever?", "Do you cough? né €", "Rash , or ?"])
+            stop = len(c.turns) >= c.budget or self.random.random() < 0.15
+            line = self.random.choice(
+                ["Any fever?", "Do you cough? né €", "Rash , or ?"]
+            )
             line = "Final diagnosis: Gout" if stop else line
             ids = self.chat.encode(line)
             if self.random.random() < 0.7:

@@ -249,7 +249,9 @@ def test_tiny_doctor_files(tiny_tokenizer):
     assert sum(f.stat().st_size for f in folder.iterdir()) < 12 * 2**20
     t = tiny_tokenizer
     assert t.chat_template and t.pad_token != t.eos_token
-    config = json.loads((gx.DATA / "tiny_doctor_grpo" / "adapter_config.json").read_text())
+    config = json.loads(
+        (gx.DATA / "tiny_doctor_grpo" / "adapter_config.json").read_text()
+    )
     assert config["base_model_name_or_path"] == "data/tiny_doctor"
 
 
@@ -264,7 +266,11 @@ def test_an_interrupted_run_is_finished_from_its_last_checkpoint(tmp_path):
             "--no-log-output",
         ]
         command += [str(gx.ROOT / "notebooks" / "04_grpo_training.ipynb"), str(out)]
-        given |= {"OUTPUT_DIR": str(tmp_path / "run"), "TEST_CASES": 8, "BATCH_SIZE": 16}
+        given |= {
+            "OUTPUT_DIR": str(tmp_path / "run"),
+            "TEST_CASES": 8,
+            "BATCH_SIZE": 16,
+        }
         for name, value in given.items():
             command += ["-p", name, str(value)]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=gx.ROOT)

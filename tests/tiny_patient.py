@@ -107,7 +107,9 @@ class Lessons(torch.utils.data.IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        speaks, ends = self.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+        speaks, ends = self.tokenizer.convert_tokens_to_ids(
+            ["<|assistant|>", "<|end|>"]
+        )
         while True:
             talks = [
                 self.tokenizer(
@@ -226,7 +228,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--serve", action="store_true")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
-    parser.add_argument("--out", default=str(gx.DATA / "tiny_patient"), help="its folder")
+    parser.add_argument(
+        "--out", default=str(gx.DATA / "tiny_patient"), help="its folder"
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)

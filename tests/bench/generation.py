@@ -9,19 +9,17 @@ Prints a table and, as the last line, one JSON object.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import grpodx_utils as gx
+
+one, three, four = (gx.notebook(number) for number in ("01", "03", "04"))
 import torch
-import unsloth  # noqa: F401  (before transformers)
 from random_models import SHAPES, write_model
 from self_play import clock
-
-import grpodx_utils as gx
 
 
 def bandwidth():
@@ -59,13 +57,13 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 bank = gx.load_bank()
 with tempfile.TemporaryDirectory() as folder:
     write_model(args.shape, folder, args.layers)
-    model, tokenizer = gx.load_doctor(folder, lora_rank=16)
-unsloth.FastLanguageModel.for_inference(model)
-chat = gx.ChatTokens(tokenizer)
+    model, tokenizer = one.load_doctor(folder, lora_rank=16)
+one.FastLanguageModel.for_inference(model)
+chat = three.ChatTokens(tokenizer)
 torch.manual_seed(args.seed)
-doctor = gx.ModelDoctor(model, chat, 1.0, args.turn_tokens)
+doctor = four.make_doctor(model, chat, 1.0, args.turn_tokens)
 speed, rows = bandwidth(), []
-print(f"{gx.device_line()}; a copy moves {speed / 1e9:.0f} GB/s")
+print(f"{one.device_line()}; a copy moves {speed / 1e9:.0f} GB/s")
 for n in args.episodes:
     case_ids = gx.sample_cases(bank.names, n, seed=args.seed)
     gx.play(doctor, bank, case_ids, chat, max_questions=1)  # warms up
@@ -88,7 +86,7 @@ for n in args.episodes:
     print(row, flush=True)
 result = {
     "bench": "generation",
-    "machine": gx.device_line(),
+    "machine": one.device_line(),
     "shape": args.shape,
     "turn_tokens": args.turn_tokens,
     "copy_gb_per_s": round(speed / 1e9),

@@ -1,7 +1,7 @@
 """Does GRPO over whole consultations fit a small card? Trains models of real size with
-random weights, 4-bit and LoRA, on groups of 8 consultations that fill a context of 2,048
-tokens, while PyTorch may not allocate more GPU memory than a hard cap. Prints a table and,
-as the last line, one JSON object.
+random weights, 4-bit and LoRA, on groups of 8 consultations that fill a context of
+2,048 tokens, while PyTorch may not allocate more GPU memory than a hard cap. Prints a
+table and, as the last line, one JSON object.
 
     python tests/bench/gpu_memory.py
 
@@ -13,7 +13,6 @@ What notebook 04 does by default with a model from the hub:
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 CONTEXT = 2048
@@ -42,13 +39,13 @@ def settings(name, args):
 
 def measure(name, args):
     """GRPO steps of one model under its cap; a dict of what they took."""
+    import grpodx_utils as gx
+
+    one, three, four = (gx.notebook(number) for number in ("01", "03", "04"))
     import torch
-    import unsloth
     from datasets import Dataset
     from random_models import write_model
     from trl import GRPOConfig, GRPOTrainer
-
-    import grpodx_utils as gx
 
     s = settings(name, args)
     gpu = torch.cuda.is_available()
@@ -74,12 +71,12 @@ def measure(name, args):
     with tempfile.TemporaryDirectory() as folder:
         write_model(name, folder, args.layers)
         note("writing the model")
-        model, tokenizer = gx.load_doctor(
+        model, tokenizer = one.load_doctor(
             folder, lora_rank=s["rank"], max_seq_length=CONTEXT, dtype=torch.float16
         )
     note("loading")
-    chat = gx.ChatTokens(tokenizer)
-    rollout = gx.make_rollout(bank, chat, at_once=s["at_once"])
+    chat = three.ChatTokens(tokenizer)
+    rollout = four.make_rollout(bank, chat, at_once=s["at_once"])
     gpu_options = dict(optim="adamw_8bit", unsloth_logit_chunk_multiplier=s["chunks"])
     clock = {"play": 0.0}
 
@@ -132,8 +129,8 @@ def measure(name, args):
         "peaks": peak,
         "seconds_per_step": round(seconds / args.steps, 1),
         "of_which_play": round(clock["play"] / args.steps, 1),
-        "machine": gx.device_line(),
-        "unsloth": unsloth.__version__,
+        "machine": one.device_line(),
+        "unsloth": one.unsloth.__version__,
     }
 
 
@@ -144,7 +141,9 @@ parser.add_argument("--turn-tokens", type=int, default=276)
 parser.add_argument("--episodes", type=int, default=8, help="a step; groups of 8")
 parser.add_argument("--cap", type=float, help="GiB, instead of the table's")
 parser.add_argument("--rank", type=int, help="of LoRA, instead of the table's")
-parser.add_argument("--at-once", type=int, help="played at once, instead of the table's")
+parser.add_argument(
+    "--at-once", type=int, help="played at once, instead of the table's"
+)
 parser.add_argument("--chunks", type=int, help="parts of the logits, likewise")
 parser.add_argument("--jobs", type=int, default=1, help="models measured at once")
 parser.add_argument("--layers", type=int, help="cut the models, to try the script out")

@@ -12,24 +12,21 @@ and the peak memory. Prints a table and, as the last line, one JSON object.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import grpodx_utils as gx
+
+one, three, four = (gx.notebook(number) for number in ("01", "03", "04"))
 import torch
-import unsloth  # noqa: F401  (before transformers and trl)
 from datasets import Dataset
 from self_play import peak_mib
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-
-import grpodx_utils as gx
+from trl import GRPOConfig
 
 
 def now():
@@ -39,15 +36,12 @@ def now():
     return time.perf_counter()
 
 
-class Timed(GRPOTrainer):
+class Timed(four.TurnCredit):
     """Credit per turn as in notebook 04, with a clock around every part."""
 
     def _generate_and_score_completions(self, inputs):
         start, before = now(), spent["generation"]
         out = super()._generate_and_score_completions(inputs)
-        width = out["completion_ids"].shape[1]
-        table = gx.turn_advantages(bank, rollout.episodes, args.group, width, chat.stop_ids)
-        out["advantages"] = torch.tensor(table).to(out["advantages"])
         spent["scoring"] += now() - start - (spent["generation"] - before)
         return out
 
@@ -75,6 +69,7 @@ def timed_rollout(prompts, trainer):
     start = now()
     out = rollout(prompts, trainer)
     spent["generation"] += now() - start
+    timed_rollout.episodes, timed_rollout.stop_ids = rollout.episodes, chat.stop_ids
     return out
 
 
@@ -86,16 +81,21 @@ parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--turn-tokens", type=int, default=16)
 parser.add_argument("--lora-rank", type=int, default=32)
 parser.add_argument("--model", default=str(gx.DATA / "tiny_doctor"))
+parser.add_argument("--no-4bit", action="store_true", help="weights as they are stored")
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 
 spent = Counter()
 bank = gx.load_bank()
 train, _ = gx.split_bank(bank)
-model, tokenizer = gx.load_doctor(args.model, lora_rank=args.lora_rank, seed=args.seed)
-chat = gx.ChatTokens(tokenizer)
-rollout = gx.make_rollout(bank, chat)
-cases = gx.sample_cases(train, (args.steps + 1) * args.episodes // args.group, args.seed)
+model, tokenizer = one.load_doctor(
+    args.model, lora_rank=args.lora_rank, load_in_4bit=not args.no_4bit, seed=args.seed
+)
+chat = three.ChatTokens(tokenizer)
+rollout = four.make_rollout(bank, chat)
+cases = gx.sample_cases(
+    train, (args.steps + 1) * args.episodes // args.group, args.seed
+)
 micro = min(args.micro_batch, args.episodes)
 on_gpu = torch.cuda.is_available()
 idle = peak_mib()
@@ -125,10 +125,13 @@ with tempfile.TemporaryDirectory() as folder:
         rollout_func=timed_rollout,
         callbacks=[Stopwatch()],
     )
+    trainer.bank = bank
     trainer.generation_config.max_new_tokens = args.turn_tokens
     trainer.train()
 
-parts = {k: spent[k] / args.steps for k in ("generation", "scoring", "learning", "total")}
+parts = {
+    k: spent[k] / args.steps for k in ("generation", "scoring", "learning", "total")
+}
 parts["rest"] = parts["total"] - sum(
     parts[k] for k in ("generation", "scoring", "learning")
 )
@@ -136,7 +139,7 @@ for name in ("generation", "scoring", "learning", "rest", "total"):
     print(f"{name:11}{parts[name]:7.3f} s  {parts[name] / parts['total']:6.1%}")
 result = {
     "bench": "grpo_step",
-    "machine": gx.device_line(),
+    "machine": one.device_line(),
     "episodes": args.episodes,
     "seconds_per_step": {name: round(s, 4) for name, s in parts.items()},
     "peak_mib_more": round(peak_mib() - idle),

@@ -12,19 +12,17 @@ and, as the last line, one JSON object.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import grpodx_utils as gx
+
+one, three, four = (gx.notebook(number) for number in ("01", "03", "04"))
 import numpy as np
 import torch
-import unsloth  # noqa: F401  (before transformers)
-
-import grpodx_utils as gx
 
 SIZES = (16, 64, 256, 1024)
 
@@ -45,7 +43,7 @@ def one_by_one(model, chat, bank, case_ids, cap):
                 pad_token_id=chat.tokenizer.pad_token_id,
                 eos_token_id=chat.stop_ids,
             )
-        return [gx.cut_turn(out[0, ids.shape[1] :].tolist(), chat.stop_ids)]
+        return [three.cut_turn(out[0, ids.shape[1] :].tolist(), chat.stop_ids)]
 
     return [gx.play(doctor, bank, [case_id], chat)[0] for case_id in case_ids]
 
@@ -89,11 +87,11 @@ def peak_mib():
 
 def load(args):
     bank = gx.load_bank()
-    model, tokenizer = gx.load_doctor(args.model, lora_rank=32)
-    unsloth.FastLanguageModel.for_inference(model)
-    chat = gx.ChatTokens(tokenizer)
+    model, tokenizer = one.load_doctor(args.model, lora_rank=32)
+    one.FastLanguageModel.for_inference(model)
+    chat = three.ChatTokens(tokenizer)
     torch.manual_seed(args.seed)
-    doctor = gx.ModelDoctor(model, chat, 1.0, args.turn_tokens)
+    doctor = four.make_doctor(model, chat, 1.0, args.turn_tokens)
     return bank, model, chat, doctor
 
 
@@ -129,7 +127,10 @@ def main(args):
     a, c = np.median(rounds, axis=0)
     rows = {
         "play": (a, tokens),
-        "one_by_one": (b, sum(sum(e.env_mask) for e in alone) * len(case_ids) / len(few)),
+        "one_by_one": (
+            b,
+            sum(sum(e.env_mask) for e in alone) * len(case_ids) / len(few),
+        ),
         "generate": (c, each * len(episodes)),
     }
     for name, (seconds, made) in rows.items():
@@ -139,7 +140,14 @@ def main(args):
         )
     growth = []
     for size in SIZES:
-        command = [sys.executable, __file__, "--grow", str(size), "--seed", str(args.seed)]
+        command = [
+            sys.executable,
+            __file__,
+            "--grow",
+            str(size),
+            "--seed",
+            str(args.seed),
+        ]
         command += ["--turn-tokens", str(args.turn_tokens)]
         command += ["--model", args.model]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -151,7 +159,7 @@ def main(args):
         )
     result = {
         "bench": "self_play",
-        "machine": gx.device_line(),
+        "machine": one.device_line(),
         "episodes": args.episodes,
         "seconds": {name: round(row[0], 3) for name, row in rows.items()},
         "episodes_per_s": {n: round(args.episodes / r[0], 1) for n, r in rows.items()},

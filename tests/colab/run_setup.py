@@ -12,7 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = sys.argv[1]
-LEFT_ALONE = "torch torchvision numpy pandas scipy matplotlib ipywidgets ipython ipykernel"
+LEFT_ALONE = (
+    "torch torchvision numpy pandas scipy matplotlib ipywidgets ipython ipykernel"
+)
 
 
 def versions():
@@ -55,7 +57,9 @@ print("   as pinned:", ", ".join(x for x in wanted if "==" in x))
 
 ours = {x.split("=")[0].split(">")[0].replace("_", "-") for x in wanted}
 pip_check = [sys.executable, "-m", "pip", "check"]
-for line in subprocess.run(pip_check, capture_output=True, text=True).stdout.splitlines():
+for line in subprocess.run(
+    pip_check, capture_output=True, text=True
+).stdout.splitlines():
     if line.split()[0].lower().replace("_", "-") in ours:
         print("   pip check:", line)
 

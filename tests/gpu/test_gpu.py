@@ -62,7 +62,9 @@ def test_recorded_steps_say_what_the_cpu_says(kind, bank, tiny_tokenizer, monkey
     model = small_model(kind, len(tiny_tokenizer))
     said = {}
     for device in ("cpu", "cuda"):
-        doctor = gx.ModelDoctor(model.to(device), chat, temperature=0, max_new_tokens=24)
+        doctor = gx.ModelDoctor(
+            model.to(device), chat, temperature=0, max_new_tokens=24
+        )
         talks = live = consultations(bank, chat, 13)
         while live:
             for c, ids in zip(live, doctor(live)):
@@ -84,10 +86,14 @@ def test_the_model_has_a_row_for_every_token_and_no_other(loaded):
 
 def test_layers_are_4_bit_and_the_rest_float16(loaded):
     kinds = {p.dtype for p in loaded[0].parameters()}
-    assert torch.uint8 in kinds and torch.float16 in kinds and torch.bfloat16 not in kinds
+    assert (
+        torch.uint8 in kinds and torch.float16 in kinds and torch.bfloat16 not in kinds
+    )
 
 
-def test_the_cache_kept_between_turns_changes_next_to_nothing(doctor, bank, chat, cases):
+def test_the_cache_kept_between_turns_changes_next_to_nothing(
+    doctor, bank, chat, cases
+):
     """Each turn computed anew by `generate`. float16 rounds differently in batches of
     different shape, so near ties may fall the other way; nearly all turns must agree."""
     same = total = 0
@@ -114,7 +120,9 @@ def test_the_cache_kept_between_turns_changes_next_to_nothing(doctor, bank, chat
     assert total > 100 and same >= 0.97 * total
 
 
-def test_grpo_steps_then_the_adapter_is_saved_and_read_back(loaded, bank, chat, tmp_path):
+def test_grpo_steps_then_the_adapter_is_saved_and_read_back(
+    loaded, bank, chat, tmp_path
+):
     model, tokenizer = loaded
     rollout = gx.make_rollout(bank, chat)
     cases = gx.sample_cases(bank.names, STEPS * EPISODES // GROUP, seed=1)
@@ -144,7 +152,9 @@ def test_grpo_steps_then_the_adapter_is_saved_and_read_back(loaded, bank, chat, 
     assert trainer.args.fp16 and not trainer.args.bf16, "float16 as on a T4"
     trainer.train()
     log = [x for x in trainer.state.log_history if "reward" in x]
-    print(json.dumps([{k: round(x[k], 3) for k in ("reward", "grad_norm")} for x in log]))
+    print(
+        json.dumps([{k: round(x[k], 3) for k in ("reward", "grad_norm")} for x in log])
+    )
     assert len(log) == STEPS and all(0 < x["grad_norm"] < 100 for x in log)
     assert any(not torch.equal(p, start[n]) for n, p in lora.items())
 
