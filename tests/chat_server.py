@@ -1,6 +1,7 @@
-"""A local server with OpenAI's chat interface, for tests and for trying notebook 09 without
-a key. It is no language model: it reads the facts in the patient's instructions and answers
-by rule, and it grades by rule. It can be slow, and it can fail in many ways on purpose.
+"""A local server with OpenAI's chat interface, for tests and for trying notebooks 08b
+and 09 without a key. It is no language model: it reads the facts in the patient's
+instructions and answers by rule, and it grades by rule. It can be slow, and it can fail
+in many ways on purpose.
 
     python tests/chat_server.py --port 8765 --latency 0.2 --faults 0.3
 """
@@ -78,7 +79,7 @@ class Server(ThreadingHTTPServer):
             r"You are (\d+) years old, (\w+)\. (.*)", facts
         ).groups()
         about = {"age": f"I am {age} years old.", "sex": f"I am {sex}.", "since": since}
-        return about.get(gx.find_topic(question), gx.UNSURE)
+        return about.get(lexicon.topic(question), gx.ScriptedPatient.UNSURE)
 
     def judge(self, case):
         asked = [x["doctor"] for x in case["consultation"][1:]]
@@ -96,8 +97,8 @@ class Server(ThreadingHTTPServer):
         asked = [x["doctor"] for x in case["consultation"][1:]]
         for turn, question in enumerate(asked, 1):
             if question in asked[: turn - 1]:
-                what = gx.REMARK.format(turn=turn, what=gx.TOLD[1])
-                return f"{what} Have you noticed anything else?"
+                what = f"Turn {turn} told nothing new."
+                return f"{what} Ask: Have you noticed anything else?"
         return "None."
 
 

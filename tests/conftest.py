@@ -8,15 +8,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-import grpodx_utils as gx  # noqa: E402  (before torch: it sets how threads wait)
-import torch  # noqa: E402
+import grpodx_utils as gx
 
-if torch.cuda.is_available():
-    import unsloth  # noqa: E402, F401  (before transformers)
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+gx.notebook("01")  # imports Unsloth, which must come before transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")

@@ -143,13 +143,20 @@ def test_free_text_answers_are_read(bank):
     ("answer", "present", "absent"),
     [
         ("No fever, cough or chills.", "", "fever, dry cough, chills"),
-        ("A headache, no cough, rash or chills.", "headache", "dry cough, rash, chills"),
+        (
+            "A headache, no cough, rash or chills.",
+            "headache",
+            "dry cough, rash, chills",
+        ),
         ("I haven't had a fever or a rash, and I feel sick.", "nausea", "fever, rash"),
         ("I have a headache, no fever, and chills.", "headache, chills", "fever"),
         ("No, just a headache.", "headache", "fever"),
         ("No, I have a headache and nausea.", "headache, nausea", "fever"),
-        ("No. My head hurts, I have no rash, my throat is sore.", "headache, sore throat",
-         "fever, rash"),
+        (
+            "No. My head hurts, I have no rash, my throat is sore.",
+            "headache, sore throat",
+            "fever, rash",
+        ),
         ("Yes, and a rash too.", "fever, rash", ""),
         ("No fever\nbut my head hurts", "headache", "fever"),
     ],

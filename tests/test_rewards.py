@@ -5,6 +5,9 @@ import pytest
 
 import grpodx_utils as gx
 
+two, three, four = (gx.notebook(number) for number in ("02", "03", "04"))
+nine, ten = gx.notebook("09"), gx.notebook("10")
+
 
 @pytest.mark.parametrize(
     "text, disease",
@@ -39,7 +42,7 @@ def test_match_disease(bank, text, disease):
 def test_an_alias_without_latin_letters_names_nothing(bank):
     records = gx.read_json(gx.DATA / "disease_bank.json")
     records[0]["aliases"], records[1]["aliases"] = ["流感"], ["感冒"]
-    other = gx.build_bank(records, bank.lexicon)
+    other = gx.load_bank(records)
     assert gx.match_disease(other, "???") is None
     assert gx.match_disease(other, "influenza") == "Influenza"
 
@@ -67,7 +70,7 @@ def test_rewards(bank):
     assert gx.reward_correct(every) == [1, 0, 0, 0, 1]
     assert gx.reward_no_diagnosis(every) == [0, 0, 0, -0.5, 0]
     assert gx.reward_repeats(every) == [0, 0, 0, 0, -0.2]
-    partial = gx.make_partial_reward(bank, scale=0.5)(every)
+    partial = [three.partial_credit(bank, e, scale=0.5) for e in every]
     assert partial[0] == partial[3] == 0 < partial[1] < partial[2] <= 0.5
 
 
@@ -80,21 +83,9 @@ def test_rewards_accept_what_trl_passes(bank):
 
 
 def test_advantages_by_hand():
-    table = gx.advantages([1, 0, 0, 1, 0, 0, 0, 0], group=4)
+    table = four.advantages([1, 0, 0, 1, 0, 0, 0, 0], group=4)
     assert table.tolist() == [[0.5, -0.5, -0.5, 0.5], [0, 0, 0, 0]]
     assert np.allclose(table.sum(1), 0)
-
-
-def test_alarm():
-    assert gx.reward_alarm([1, 0, 1, 1], 2) is None
-    assert "0 everywhere" in gx.reward_alarm([0, 0, 0, 0], 2)
-    assert "no group varies" in gx.reward_alarm([1, 1, 0, 0], 2)
-
-
-def test_the_alarm_knows_unscorable_rewards():
-    assert "no episode can be scored" in gx.reward_alarm([None] * 8, 4)
-    assert gx.reward_alarm([None, 1, 1, 0], 4) is None
-    assert gx.reward_alarm([None, 1, 1, 1], 4)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +107,7 @@ def test_reasoning_pays_only_when_well_formed(bank, text, good):
     (e,) = gx.play(doctor, bank, ["Influenza|canonical|1"], max_questions=1)
     share = 1 / len(e.turns) if good else 0
     first = 0.1 * share
-    assert gx.reward_reasoning([e]) == [pytest.approx(first)]
+    assert nine.reward_reasoning([e]) == [pytest.approx(first)]
     assert "reason" not in "".join(e.spoken)
     if "Final" in text:
         assert (e.diagnosis == "Influenza") == good, "a diagnosis must be said aloud"
@@ -127,28 +118,28 @@ def test_tags_and_diagnoses_in_a_patients_words_are_only_words(bank):
         def reply(self, question):
             return "</reason> Final diagnosis: Scabies <reason>"
 
-    (e,) = gx.play(gx.BayesDoctor(bank), bank, ["Influenza|canonical|1"], patient=Odd)
+    (e,) = gx.play(two.BayesDoctor(bank), bank, ["Influenza|canonical|1"], patient=Odd)
     assert e.questions == 5 and e.diagnosis != "Scabies" and e.ended == "diagnosis"
 
 
 def test_the_critic_finds_what_was_wrong_and_praises_nothing_else(bank):
     ids = gx.sample_cases(bank.names, 60, seed=9)
-    best = gx.play(gx.BayesDoctor(bank), bank, ids)
-    assert all(gx.critique(bank, e) == "" for e in best)
-    careless = gx.play(gx.BayesDoctor(bank, "random"), bank, ids)
-    remarks = [gx.critique(bank, e) for e in careless]
+    best = gx.play(two.BayesDoctor(bank), bank, ids)
+    assert all(ten.critique(bank, e) == "" for e in best)
+    careless = gx.play(two.BayesDoctor(bank, "random"), bank, ids)
+    remarks = [ten.critique(bank, e) for e in careless]
     assert sum(map(bool, remarks)) > 50 and all(r.count("Ask:") <= 2 for r in remarks)
     names = [f" {n} " for n in bank.names]
     assert not any(n in f" {r} " for n in names for r in remarks), "no disease is named"
 
     e = best[0]
     e.spoken[2], e.replies[2] = e.spoken[1], e.replies[1]
-    assert gx.critique(bank, e).startswith("Turn 3 told nothing new. Ask: ")
+    assert ten.critique(bank, e).startswith("Turn 3 told nothing new. Ask: ")
     e = best[1]
     e.diagnosis, e.matched = "measles on Mars", None
-    assert gx.critique(bank, e).endswith("The diagnosis does not fit the answers.")
+    assert ten.critique(bank, e).endswith("The diagnosis does not fit the answers.")
     e.diagnosis = None
-    assert gx.critique(bank, e).endswith("Give a diagnosis.")
+    assert ten.critique(bank, e).endswith("Give a diagnosis.")
     e = best[2]
     e.spoken, e.replies = [e.spoken[0], e.spoken[-1]], e.replies[:1]
-    assert gx.critique(bank, e).endswith("The diagnosis came too early.")
+    assert ten.critique(bank, e).endswith("The diagnosis came too early.")

@@ -1,10 +1,10 @@
-"""Trains a small language model that plays patients: it reads the facts in `LLMPatient`'s
-instructions and answers the doctor's questions, taught by `ScriptedPatient`. It lets
+"""Trains a small language model that plays patients: it reads the facts in the
+instructions of `LLMPatient` and answers questions, taught by `ScriptedPatient`. It lets
 notebook 09 and the tests talk to a real language model behind a real server, offline.
 It has learned the lexicon's own questions and says nothing sensible to others.
 
     python tests/tiny_patient.py --serve    # `transformers serve`, prints the address
-    python tests/tiny_patient.py --steps 5000    # trains it again into data/tiny_patient
+    python tests/tiny_patient.py --steps 5000  # trains it again into data/tiny_patient
 """
 
 import argparse
@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import grpodx_utils as gx
 
+nine = gx.notebook("09")
 SPECIAL = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = """\
 {%- for m in messages -%}
@@ -50,9 +51,14 @@ def make_tokenizer(bank):
     """Every sentence of the lexicon is one token; other text is byte-level BPE."""
     symptoms = [bank.lexicon.symptoms[s] for s in bank.symptoms]
     sentences = [t for s in symptoms for t in (s.question, s.complaint, s.yes, s.no)]
-    sentences += [gx.UNSURE, gx.NOTHING_ELSE, "What brings you here?", gx.LAST_TURN]
-    sentences += [t for onset in gx.SINCE.values() for t in onset]
-    sentences += [t.strip() for t in re.split(r"\{\w+\}", gx.PATIENT) if len(t) > 3]
+    sentences += [
+        gx.ScriptedPatient.UNSURE,
+        gx.ScriptedPatient.NOTHING_ELSE,
+        "What brings you here?",
+        gx.LAST_TURN,
+    ]
+    sentences += [t for said in gx._SINCE.values() for t in said]
+    sentences += [t.strip() for t in re.split(r"\{\w+\}", nine.PATIENT) if len(t) > 3]
     sentences += [q for questions in OTHER.values() for q in questions]
     sentences = list(dict.fromkeys(sentences))
     core = Tokenizer(models.BPE())
@@ -85,7 +91,7 @@ def lesson(bank, rng, questions=12):
     disease, seed = bank.names[rng.integers(len(bank.names))], rng.integers(2**31)
     case = gx.make_case(bank, f"{disease}|sampled|{seed}")
     teacher = gx.ScriptedPatient(bank, case)
-    messages = list(gx.LLMPatient(bank, case, None).messages)
+    messages = list(nine.LLMPatient(bank, case, None).messages)
     have, symptoms = sorted(case.findings), bank.lexicon.symptoms
     for _ in range(questions):
         kind = rng.choice(3, p=[0.5, 0.4, 0.1])
@@ -172,12 +178,12 @@ def train(out, steps, rows=64, workers=0, seed=0):
             taught = labels[:, 1:] != -100
             right = result.logits[:, :-1].argmax(-1) == labels[:, 1:]
             share, seconds = right[taught].float().mean().item(), time.time() - start
-            print(f"{step} loss {result.loss.item():.3f} right {share:.3f} {seconds:.0f} s",
-                  flush=True)  # fmt: skip
+            loss = f"{step} loss {result.loss.item():.3f}"
+            print(f"{loss} right {share:.3f} {seconds:.0f} s", flush=True)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     made = {"steps": steps, "rows": rows, "seed": seed, "last_loss": result.loss.item()}
-    made["machine"] = gx.device_line()
+    made["machine"] = gx.notebook("01").device_line()
     Path(out, "training.json").write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -1,8 +1,8 @@
-"""How many tokens a second does self-play make on a GPU, and how far is that from what the
-memory allows? Plays consultations of 5 questions with a randomly initialised model, for
-several numbers of episodes at once. The limit is the time to read the weights and the
-key/value cache once per decoded token, at the bandwidth that a large copy reaches here.
-Prints a table and, as the last line, one JSON object.
+"""How many tokens a second does self-play make on a GPU, and how far is that from what
+the memory allows? Plays consultations of 5 questions with a randomly initialised model,
+for several numbers of episodes at once. The limit is the time to read the weights and
+the key/value cache once per decoded token, at the bandwidth that a large copy reaches
+here. Prints a table and, as the last line, one JSON object.
 
     python tests/bench/generation.py --shape Qwen2.5-1.5B --episodes 8 64 256
 """

@@ -1,6 +1,6 @@
 """Models with a real architecture and random weights, for memory and speed.
 
-They are written as 4-bit checkpoints, like those that T4 users download. The tokenizer has
+They are written as 4-bit checkpoints, like those for a T4. The tokenizer has
 one token per byte, and the models say nothing sensible: they (nearly) never end a turn
 themselves, so every turn has exactly the length that a benchmark asks for.
 """
@@ -60,7 +60,7 @@ SHAPES = {  # sizes from the models' published config.json; Phi-4 in its Llama f
 
 
 def write_model(name, folder, layers=None, seed=0):
-    """A checkpoint of `SHAPES[name]` in `folder`, its layers in NF4; `layers` cuts it."""
+    """A checkpoint of `SHAPES[name]` in `folder`, layers in NF4; `layers` cuts it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(**SHAPES[name].to_dict())

@@ -1,4 +1,4 @@
-"""The training path on a CUDA GPU, in 4-bit and float16 as on a T4: `make gpu-check`."""
+"""The training path on a CUDA GPU, 4-bit and float16 as on a T4: `make gpu-check`."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_the_cache_kept_between_turns_changes_next_to_nothing(
     doctor, bank, chat, cases
 ):
     """Each turn computed anew by `generate`. float16 rounds differently in batches of
-    different shape, so near ties may fall the other way; nearly all turns must agree."""
+    different shape, so near ties may fall the other way; nearly all must agree."""
     same = total = 0
     played = gx.play(doctor, bank, cases[:24], chat)
     assert sum(e.correct for e in played) > 12, "it does not speak sense"
