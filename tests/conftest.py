@@ -13,6 +13,7 @@ import pytest
 import grpodx_utils as gx
 
 gx.notebook("01")  # imports Unsloth, which must come before transformers
+three = gx.notebook("03")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -48,3 +49,15 @@ def tiny_tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(gx.DATA / "tiny_doctor"))
+
+
+@pytest.fixture(scope="session")
+def model():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(gx.DATA / "tiny_doctor").float().eval()
+
+
+@pytest.fixture
+def chat(tiny_tokenizer):
+    return three.ChatTokens(tiny_tokenizer)

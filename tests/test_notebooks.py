@@ -9,16 +9,15 @@ import tomllib
 from pathlib import Path
 from statistics import median
 
+import grpodx_utils as gx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOKS = {p.stem: json.loads(p.read_text("utf-8")) for p in PATHS}
+NUMBERS = [p.stem.split("_")[0] for p in PATHS]  # 01, 02, 03, 03b, ...
 REPO = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["grpodx"]["repo"]
 HELPER = ast.parse((ROOT / "grpodx_utils.py").read_text("utf-8"))
-HELPER_NAMES = {
-    n.name for n in HELPER.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-}
 
 
 def sources(nb, kind):
@@ -36,13 +35,15 @@ def nb(stem):
 
 
 def test_the_series_is_complete():
-    assert [p.stem[:2] for p in PATHS] == [f"{i:02d}" for i in range(1, len(PATHS) + 1)]
-    assert len(PATHS) >= 7
+    assert NUMBERS == sorted(NUMBERS) and len(set(NUMBERS)) == len(NUMBERS)
+    whole = [n for n in NUMBERS if len(n) == 2]
+    assert whole == [f"{i:02d}" for i in range(1, len(whole) + 1)] and len(whole) >= 10
 
 
 def test_head_cell(stem, nb):
     head = "".join(nb["cells"][0]["source"])
-    assert head.startswith(f"# {stem[:2]} · ")
+    number = stem.split("_")[0]
+    assert head.startswith(f"# {number} · ")
     link = f"https://colab.research.google.com/github/{REPO}/blob/main/notebooks/"
     assert f"{link}{stem}.ipynb" in head
     for words in (
@@ -92,7 +93,7 @@ def test_size_and_balance(nb):
     assert len(text) >= 0.6 * len(code)
     lengths = [len(c.splitlines()) for c in code[1:]]
     assert max(lengths) <= 30 and median(lengths) <= 13
-    assert max(len(line) for c in code for line in c.splitlines()) <= 100
+    assert max(len(line) for c in code for line in c.splitlines()) <= 88
     assert any("assert" in c for c in code)
 
 
@@ -101,23 +102,135 @@ def test_ends_with_recap_try_next(nb):
     assert "## Recap" in tail and "## Try it" in tail and "## Next" in tail
 
 
-def test_no_helper_is_defined_again(nb):
-    for cell in sources(nb, "code"):
-        for node in ast.walk(ast.parse(cell)):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                assert node.name not in HELPER_NAMES, node.name
+MODEL_LIBRARIES = {"torch", "transformers", "trl", "unsloth", "peft", "openai"}
+
+
+def imported(tree):
+    """Top-level names of all modules that a piece of code imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            found |= {ast.unparse(a).strip("'\"").split(".")[0] for a in node.args}
+    return found
+
+
+def test_the_helper_is_thin_and_knows_no_model_library():
+    text = (ROOT / "grpodx_utils.py").read_text("utf-8")
+    assert len(text.splitlines()) <= 780
+    assert not imported(HELPER) & MODEL_LIBRARIES
+    assert imported(ast.parse("def f():\n    from torch import nn")) == {"torch"}
+    assert "trl" in imported(ast.parse("importlib.import_module('trl.trainer')"))
+
+
+def defined(tree):
+    """Names of functions, classes and constants that a piece of code defines on top."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id for t in targets for n in ast.walk(t) if is_name(n)}
+    return names
+
+
+def is_name(node):
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def used_from_helper(nb):
+    return set(re.findall(r"\bgx\.([A-Za-z_]+)", "\n".join(sources(nb, "code"))))
+
+
+def test_every_public_name_of_the_helper_is_used_by_two_notebooks():
+    public = {n for n in defined(HELPER) if not n.startswith("_")}
+    counts = dict.fromkeys(public, 0)
+    for nb in NOTEBOOKS.values():
+        for name in used_from_helper(nb) & public:
+            counts[name] += 1
+    few = {name: n for name, n in counts.items() if n < 2}
+    assert not few, few
 
 
 def test_every_gx_name_exists(nb):
-    names = HELPER_NAMES | {
-        t.id
-        for n in HELPER.body
-        if isinstance(n, ast.Assign)
-        for t in n.targets
-        if isinstance(t, ast.Name)
-    }
-    used = set(re.findall(r"\bgx\.([A-Za-z_]+)", "\n".join(sources(nb, "code"))))
-    assert used <= names, used - names
+    assert used_from_helper(nb) <= defined(HELPER), used_from_helper(nb) - defined(
+        HELPER
+    )
+
+
+def definitions(nb):
+    """The parsed cells of a notebook that are tagged `definitions`."""
+    tagged = [c for c in nb["cells"] if "definitions" in c["metadata"].get("tags", ())]
+    return [ast.parse("".join(c["source"])) for c in tagged]
+
+
+def named(tree):
+    """Functions, classes and CONSTANTS: what must stand in one place only."""
+    return {n for n in defined(tree) if n[0].isupper() or is_defined(tree, n)}
+
+
+def is_defined(tree, name):
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return any(isinstance(n, kinds) and n.name == name for n in tree.body)
+
+
+def test_no_definition_stands_twice():
+    """What the helper or an earlier notebook defines is not defined again."""
+    owner = {n: "the helper" for n in defined(HELPER)}
+    for stem, nb in NOTEBOOKS.items():
+        shared = {n for tree in definitions(nb) for n in named(tree)}
+        everything = [ast.parse(c) for c in sources(nb, "code")]
+        mine = {n for tree in everything for n in defined(tree) if is_defined(tree, n)}
+        again = {n: owner[n] for n in mine | shared if n in owner}
+        assert not again, (stem, again)
+        owner |= dict.fromkeys(shared, stem)
+
+
+def has_effect(node):
+    """Whether a top-level statement of a definitions cell may do more than define."""
+    if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+        return False
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    calls = [n.func for n in ast.walk(node.value) if isinstance(n, ast.Call)]
+    return any(ast.unparse(call) not in HARMLESS for call in calls)
+
+
+HARMLESS = {"gx.notebook", "re.compile", "torch.cuda.is_available", "frozenset", "dict",
+            "set", "'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj'.split"}  # fmt: skip
+
+
+def test_definitions_only_define(nb):
+    for tree in definitions(nb):
+        odd = [ast.unparse(node)[:80] for node in tree.body if has_effect(node)]
+        assert not odd, odd
+    for code in ("print(1)", "x = open('a')", "model.eval()", "y = load_doctor()"):
+        assert has_effect(ast.parse(code).body[0]), code
+
+
+def test_notebooks_import_from_earlier_ones_only(stem, nb):
+    code, number = "\n".join(sources(nb, "code")), stem.split("_")[0]
+    calls = re.findall(r"gx\.notebook\((\w+|\"\w+\")\)(.*)", code)
+    for argument, rest in calls:
+        listed = re.findall(r"\"(\w+)\"", argument + rest)
+        assert listed and all(n in NUMBERS and n < number for n in listed), listed
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_definitions_run_without_the_rest_of_their_notebook(number, capfd):
+    """In one process, as tests and later notebooks use them; nothing is printed."""
+    module = gx.notebook(number)
+    assert module is gx.notebook(number), "only once"
+    capfd.readouterr()
+
+
+def test_an_unknown_notebook_is_one_sentence():
+    with pytest.raises(ValueError, match="no file notebooks/77_"):
+        gx.notebook("77")
 
 
 def test_no_secrets_and_no_absolute_paths(nb):
