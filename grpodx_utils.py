@@ -4,9 +4,6 @@
 
 Plain Python and numpy, in the order of the data flow. The model's side (tokens,
 rollout, advantages, judges) stands in the notebook that teaches it; see `notebook`.
-
-Words: a *finding* is a symptom that a patient has; *evidence* maps a symptom to True
-or False as the patient said; an *episode* is one finished consultation.
 """
 
 from __future__ import annotations
@@ -18,14 +15,14 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, StrictInt, ValidationError
@@ -34,16 +31,14 @@ from rapidfuzz.distance import OSA
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
-ROOT = Path(__file__).resolve().parent
-DATA = ROOT / "data"
-RUNS = ROOT / "runs"  # what notebooks write; not in git
+DATA = Path(__file__).resolve().parent / "data"
 SMOKE = os.environ.get("GRPODX_SMOKE") == "1"  # same code, small sizes: for tests
 MAX_QUESTIONS = 5
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008).
 COLORS = dict(before="#999999", after="#0072B2", bayes="#009E73", random="#E69F00")
 _ENGLISH = json.loads((DATA / "english.json").read_text("utf-8"))  # word lists
-# Settings of libraries that a notebook imports later. Threads that wait must sleep:
-# while they spin, one other busy process slows everything down several times.
+_SINCE, _MUST_BE = _ENGLISH["since"], _ENGLISH["must_be"]  # onset -> what patients say
+# For libraries that notebooks import later. Threads that spin slow each other down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -54,10 +49,9 @@ def notebook(number: str) -> ModuleType:
     """The definitions of a notebook as a module: `gx.notebook("03").ModelDoctor`.
 
     Runs its cells tagged `definitions` (imports, functions, classes, constants), once
-    and without a kernel. They may use `gx`, and import from earlier notebooks likewise.
-    Raises ValueError if there is no notebook of that number.
+    and without a kernel. ValueError if there is no notebook of that number.
     """
-    found = sorted((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
+    found = sorted((DATA.parent / "notebooks").glob(f"{number}_*.ipynb"))
     if len(found) != 1:
         raise ValueError(f"notebook {number!r}: no file notebooks/{number}_*.ipynb.")
     module = ModuleType(f"notebook_{number}", f"Definitions of {found[0].name}.")
@@ -83,8 +77,9 @@ def read_json(path: str | Path) -> Any:
     except OSError as e:
         what = f"cannot be read ({e.strerror}). Check the path."
     except json.JSONDecodeError as e:
-        what = f"line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}). Often a "
-        what += "comma or a quote is missing just before that place."
+        what = (
+            f"line {e.lineno}: not valid JSON ({e.msg}). Is a comma or a quote missing?"
+        )
         what = what if text.strip() else "the file is empty. Restore it."
     raise BankError(f"{path}: {what}")
 
@@ -101,17 +96,6 @@ def _did_you_mean(word: Any, known: list) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-_SINCE = _ENGLISH["since"]  # a kind of onset -> what patients say of it
-_MUST_BE = {  # keys of our files that are no plain text
-    **dict.fromkeys(("aliases", "red_flags", "ask", "kind_of"), "a list of texts"),
-    "disease_name": "a text with Latin letters and without '|'",
-    "symptoms": "a non-empty object",
-    "typical_onset": f"one of {[*_SINCE]}",
-    "sex": "one of '', 'female', 'male'",
-    "age": "[youngest, oldest] in years",
-}
-
-
 class _Record(BaseModel, frozen=True, extra="forbid"):
     @classmethod
     def read(cls, raw: Any, where: str) -> Any:
@@ -120,18 +104,19 @@ class _Record(BaseModel, frozen=True, extra="forbid"):
             return cls.model_validate(raw)
         except ValidationError as e:
             faults = e.errors()
+        missing = [str(f["loc"][0]) for f in faults if f["type"] == "missing"]
         key, inside = (*faults[0]["loc"], None, None)[:2]
-        what = f': "{key}" must be {_MUST_BE.get(key, "a text")}.'
+        names = [f.alias or name for name, f in cls.model_fields.items()]
         if key is None:
             what = f": expected an object, got {type(raw).__name__}."
-        elif missing := [str(f["loc"][0]) for f in faults if f["type"] == "missing"]:
+        elif missing:
             what = f" lacks {', '.join(missing)}. Add it."
-        elif faults[0]["type"] == "extra_forbidden":
-            known = [f.alias or name for name, f in cls.model_fields.items()]
-            what = f" has a key '{key}'.{_did_you_mean(key, known)}"
+        elif key not in names:
+            what = f" has a key '{key}'.{_did_you_mean(key, names)}"
         elif key == "symptoms" and inside:
-            mend = "use true, false or a fraction of patients from 0 to 1"
-            what = f": '{inside}' is {faults[0]['input']!r}; {mend}."
+            what = f": '{inside}' is {faults[0]['input']!r}; use {_MUST_BE['share']}."
+        else:
+            what = f': "{key}" must be {_MUST_BE.get(key, "a text")}.'
         raise BankError(where + what)
 
 
@@ -162,10 +147,8 @@ class Symptom(_Record):
 class Lexicon:
     """All symptoms, and the map from free English to them.
 
-    A question is compared with every phrase of the lexicon. A phrase matches when all
-    its content words stand close together in the question, each as itself, a synonym,
-    an inflection, or a typo. Longer phrases claim their words first, so "headache on
-    one side" is `one-sided headache` and not `headache` as well.
+    A phrase is meant when all its content words stand close together, each as itself, a
+    synonym, an inflection, or a typo. Longer phrases claim their words first.
     """
 
     def __init__(self, symptoms: list[Symptom], unknown=(), synonyms=()):
@@ -175,9 +158,12 @@ class Lexicon:
         self.sentences = {_key(text): (name, present) for text, name, present in said}
         self._own = {_key(s.question): (s.name,) for s in symptoms}
         self._head = {w: group[0] for group in synonyms for w in group}
-        every = [(s.name, p) for s in symptoms for p in (s.name, s.question, *s.ask)]
-        every += [("", p) for p in unknown]
-        split = [(n, tuple(dict.fromkeys(self.content_words(p)))) for n, p in every]
+        small, every = _ENGLISH["stop_words"], []  # every: (symptom, words of a phrase)
+        for s in symptoms:
+            every += [(s.name, words(p)) for p in (s.name, s.question, *s.ask)]
+        every += [("", words(p)) for p in unknown]
+        split = [(n, [w for w in p if w not in small] or p) for n, p in every]
+        split = [(n, tuple(dict.fromkeys(p))) for n, p in split]
         self._vocabulary = sorted({w for _, p in split for w in p} | self._head.keys())
         phrases = {(n, tuple(self._head.get(w, w) for w in p)) for n, p in split}
         self._phrases = sorted(phrases)
@@ -188,20 +174,6 @@ class Lexicon:
                 self._by_word[w].append(i)
         self._alike = lru_cache(maxsize=50_000)(self._find_alike)
         self.find = lru_cache(maxsize=50_000)(self._find)
-
-    @staticmethod
-    def content_words(text: str) -> list[str]:
-        """`words` without the small ones that carry no medical meaning."""
-        every = words(text)
-        return [w for w in every if w not in _ENGLISH["stop_words"]] or every
-
-    @staticmethod
-    def topic(question: str) -> str | None:
-        """ "else", "since", "age" or "sex" if a question is about that, else None."""
-        said, topics = f" {_key(question)} ", _ENGLISH["topics"].items()
-        return next(
-            (t for t, ask in topics if any(f" {p} " in said for p in ask)), None
-        )
 
     def _find_alike(self, word: str) -> set[str]:
         """Lexicon words that `word` may stand for: inflections, else one typo."""
@@ -215,9 +187,9 @@ class Lexicon:
         """Names of the symptoms that `text` mentions, in its order; () if none."""
         if own := self._own.get(_key(text)):
             return own
-        asked = [p for p in re.split(r"(?<=[?.!])\s+", text) if p.endswith("?")]
-        found = self._find_in(" ".join(asked)) if asked else ()
-        return found or self._find_in(text)
+        sentences = re.split(r"(?<=[?.!])\s+", text)
+        asked = " ".join(p for p in sentences if p.endswith("?"))
+        return self._find_in(asked) or self._find_in(text)
 
     def _find_in(self, text: str) -> tuple[str, ...]:
         said, part, item = [], [], []  # content words; the part of the text that each
@@ -282,10 +254,9 @@ class Lexicon:
 def _inflected(a: str, b: str) -> bool:
     """Whether two words differ by an English ending: cough, coughs, coughing."""
     short, long = sorted((a, b), key=len)
-    if len(short) < 3 or long[: len(short) - 1] != short[:-1]:
-        return False
     stem = short[:-1] if short[-1] in "ey" and len(short) > 4 else short
-    return long.startswith(stem) and long[len(stem) :] in _ENGLISH["endings"]
+    alike = len(short) > 2 and long.startswith(stem)
+    return alike and long[len(stem) :] in _ENGLISH["endings"]
 
 
 def _closest(spots: list[list[int]]) -> list[int]:
@@ -295,11 +266,6 @@ def _closest(spots: list[list[int]]) -> list[int]:
 
 
 # ------------------------------------------------------------- 3. the disease bank (02)
-def _in_order(age: tuple[int, int]) -> tuple[int, int]:
-    assert age[0] <= age[1]
-    return age
-
-
 class Disease(_Record):
     """One disease; `findings` maps a symptom to the share of patients who report it."""
 
@@ -317,17 +283,18 @@ class Disease(_Record):
     red_flags: tuple[str, ...] = ()
     source: str = ""
     sex: Literal["", "female", "male"] = ""
-    age: Annotated[tuple[StrictInt, StrictInt], AfterValidator(_in_order)] = (18, 80)
+    age: tuple[StrictInt, StrictInt] = (18, 80)  # youngest, oldest
+
+    typical = property(
+        lambda d: frozenset(s for s, x in d.findings.items() if x >= 0.5)
+    )
 
 
 class Bank:
     """The diseases with their lexicon; a probability model of patients.
 
-    Arrays, float [diseases, symptoms]: `listed`, the fractions as the file gives them;
-    `rates`, P(finding | disease), the same kept within [BACKGROUND, 1 - BACKGROUND] so
-    that no likelihood is zero; `complaint_rates`, P(chief complaint | disease), rows
-    sum to 1: a complaint is typical (0.5 or more) of this disease and of another one.
-    `spellings` maps every normalised name and alias to its disease.
+    float [diseases, symptoms]: `listed`, the file's fractions; `rates`, P(finding), not
+    0 or 1; `complaint_rates`, P(chief complaint): what is typical of two diseases.
     """
 
     BACKGROUND = 0.02  # P(a patient reports a symptom that the disease does not list)
@@ -339,14 +306,14 @@ class Bank:
         used = {s for d in diseases for s in d.findings}
         self.symptoms = [s for s in lexicon.symptoms if s in used]
         self.column = {s: i for i, s in enumerate(self.symptoms)}
-        shares = [[d.findings.get(s, 0.0) for s in self.symptoms] for d in diseases]
-        self.listed = np.array(shares)
+        listed = [[d.findings.get(s, 0.0) for s in self.symptoms] for d in diseases]
+        self.listed = np.array(listed)
         self.rates = np.clip(self.listed, self.BACKGROUND, 1 - self.BACKGROUND)
         typical = self.listed >= 0.5
         weight = np.where(typical & (typical.sum(0) >= 2), self.listed, 0.0)
-        share, stray = weight / weight.sum(1, keepdims=True), 1 / len(self.symptoms)
-        rest = 1 - self.BACKGROUND
-        self.complaint_rates = rest * share + self.BACKGROUND * stray
+        share = weight / weight.sum(1, keepdims=True)
+        self.complaint_rates = (1 - self.BACKGROUND) * share
+        self.complaint_rates += self.BACKGROUND / len(self.symptoms)
         said = [(_key(a), d.name) for d in diseases for a in (d.name, *d.aliases)]
         self.spellings = {spelling: name for spelling, name in said if spelling}
         # The lexicon's sentences give nothing away: "a cold sweat" is no common cold.
@@ -369,27 +336,26 @@ def load_bank(
 ) -> Bank:
     """Reads and checks a disease bank; `bank["Influenza"].findings` is a mapping.
 
-    `source` is a file, or its content, a list of diseases (data/README.md has the
-    schema); None is the shipped bank. `lexicon` says how people talk about symptoms.
-    Raises BankError, one sentence with file and disease: wrong type, unknown key or
-    symptom, duplicate or indistinguishable diseases, no shared chief complaint.
+    `source`: a file, or a list of diseases as in data/README.md; None: the shipped one.
+    `lexicon`: how people talk about symptoms. BankError says what is wrong and where.
     """
     if not isinstance(lexicon, Lexicon):
         lexicon = _read_lexicon(lexicon)
-    where = (
-        "this bank"
-        if isinstance(source, list)
-        else source or DATA / "disease_bank.json"
-    )
-    records = source if isinstance(source, list) else read_json(where)
+    where, records = "this bank", source
+    if not isinstance(source, list):
+        where = source or DATA / "disease_bank.json"
+        records = read_json(where)
     if not isinstance(records, list) or not records:
-        what = "expected a non-empty list of diseases. (DDXPlus's files: notebook 02.)"
-        raise BankError(f"{where}: {what}")
+        raise BankError(
+            f"{where}: expected a non-empty list of diseases (DDXPlus: see 02)."
+        )
     diseases, owner = [], {}  # owner: a name, or the typical findings -> disease
     for number, record in enumerate(records, 1):
         name = record.get("disease_name") if isinstance(record, dict) else None
         here = f"{where}: {name or f'disease {number}'}"
         disease = Disease.read(record, here)
+        if disease.age[0] > disease.age[1]:
+            raise BankError(f'{here}: "age" must be {_MUST_BE["age"]}.')
         for symptom in disease.findings:
             if symptom not in lexicon.symptoms:
                 mend = " Otherwise add it to the lexicon (data/symptoms.json)."
@@ -399,23 +365,15 @@ def load_bank(
             if (first := owner.setdefault(_key(spelling), disease)) is not disease:
                 what = f"the name '{spelling}' is already used by {first.name}"
                 raise BankError(f"{here}: {what}. Remove one of the two, or rename it.")
-        if (first := owner.setdefault(_typical(disease), disease)) is not disease:
+        if (first := owner.setdefault(disease.typical, disease)) is not disease:
             what = f"its typical findings (0.5 or more) are the same as {first.name}'s"
             raise BankError(f"{here}: {what}. Add a finding that differs.")
         diseases.append(disease)
     for d in diseases:
-        if not any(
-            _typical(d) & _typical(other) for other in diseases if other is not d
-        ):
-            what = "no typical finding is shared with another disease, so its complaint"
-            raise BankError(
-                f"{where}: {d.name}: {what} gives it away. Add a shared one."
-            )
+        if not any(d.typical & other.typical for other in diseases if other is not d):
+            what = "no typical finding is shared with another disease. Add a shared one"
+            raise BankError(f"{where}: {d.name}: {what}, or its complaint tells it.")
     return Bank(diseases, lexicon)
-
-
-def _typical(disease: Disease) -> frozenset[str]:
-    return frozenset(s for s, share in disease.findings.items() if share >= 0.5)
 
 
 def _read_lexicon(path: str | Path) -> Lexicon:
@@ -443,27 +401,15 @@ def split_bank(bank: Bank, withheld=0.2, seed=0) -> tuple[list[str], list[str]]:
 
 
 # ------------------------------------------------------------------------ 4. cases (02)
-@dataclass(frozen=True)
-class Case:
-    """One patient: a disease, the findings this patient has, and the complaint."""
-
-    case_id: str
-    disease: Disease
-    complaint: str
-    findings: frozenset[str]
-    age: int
-    sex: str
-    since: str
+# One patient: a Disease, the chief complaint, a frozenset of findings, facts to tell.
+Case = namedtuple("Case", "case_id disease complaint findings age sex since")
 
 
 def make_case(bank: Bank, case_id: str) -> Case:
     """Rebuilds a case from its id, "disease|mode|seed": the same on any machine.
 
-    Mode canonical: exactly the findings listed with 0.5 or more. sampled: the chief
-    complaint is drawn first (P proportional to its fraction), every other finding
-    independently with its rate; this is the model that Bayes' rule inverts (02).
-    noisy: sampled, then one finding in ten, but not the complaint, is flipped.
-    Raises ValueError for a malformed id, an unknown disease or mode.
+    canonical: the typical findings (0.5 or more). sampled: first a complaint, then each
+    finding by its rate, as Bayes' rule assumes (02). noisy: then 1 in 10 is flipped.
     """
     name, mode, seed = (case_id.split("|") + ["", ""])[:3]
     known = name in bank.index and mode in ("sampled", "canonical", "noisy")
@@ -472,14 +418,10 @@ def make_case(bank: Bank, case_id: str) -> Case:
         raise ValueError(f"case id {case_id!r}: expected {form}.")
     row, disease = bank.index[name], bank[name]
     rng = np.random.default_rng([int(seed), zlib.crc32(f"{name}|{mode}".encode())])
-    weight = bank.complaint_rates[row]
-    if mode == "canonical":
-        present = bank.listed[row] >= 0.5
-        weight = np.where(present, weight, 0.0)
-    total = weight.cumsum()
+    typical, canonical = bank.listed[row] >= 0.5, mode == "canonical"
+    total = (bank.complaint_rates[row] * (typical if canonical else 1)).cumsum()
     first = int(total.searchsorted(rng.random() * total[-1], side="right"))
-    if mode != "canonical":
-        present = rng.random(len(bank.symptoms)) < bank.rates[row]
+    present = typical if canonical else rng.random(len(typical)) < bank.rates[row]
     if mode == "noisy":
         present ^= rng.random(len(present)) < 0.1
     present[first] = True
@@ -496,9 +438,7 @@ def sample_cases(names: Sequence[str], n: int, seed=0, mode="sampled") -> list[s
     """`n` case ids, the diseases drawn evenly (each once before any comes twice)."""
     rng = np.random.default_rng([seed, 7])
     order = [i for _ in range(-(-n // len(names))) for i in rng.permutation(len(names))]
-    return [
-        f"{names[i]}|{mode}|{seed * 1_000_000 + k}" for k, i in enumerate(order[:n])
-    ]
+    return [f"{names[i]}|{mode}|{seed * 10**6 + k}" for k, i in enumerate(order[:n])]
 
 
 # ------------------------------------------------------------------ 5. the patient (03)
@@ -509,7 +449,7 @@ class ScriptedPatient:
 
     def __init__(self, bank: Bank, case: Case):
         self.bank, self.case = bank, case
-        self._mentioned = {case.complaint}
+        self._mentioned = {case.complaint}  # and "" once it has volunteered something
 
     def opening(self) -> str:
         return self.bank.lexicon.symptoms[self.case.complaint].complaint
@@ -521,27 +461,23 @@ class ScriptedPatient:
             self._mentioned.update(asked)
             said = [lexicon.symptoms[s] for s in asked]
             return " ".join(s.yes if s.name in case.findings else s.no for s in said)
-        topic, who = lexicon.topic(question), "woman" if case.sex == "female" else "man"
+        said, who = f" {_key(question)} ", "woman" if case.sex == "female" else "man"
+        topics = _ENGLISH["topics"].items()
+        topic = next((t for t, ask in topics if any(f" {p} " in said for p in ask)), "")
         about = {"age": f"I am {case.age} years old.", "sex": f"I am a {who}."}
-        about |= {"since": case.since}
-        return self._volunteer() if topic == "else" else about.get(topic, self.UNSURE)
-
-    def _volunteer(self) -> str:
-        """One finding that was not asked about, once; then nothing else."""
-        left = sorted(self.case.findings - self._mentioned)
+        if topic != "else":
+            return (about | {"since": case.since}).get(topic, self.UNSURE)
+        left = sorted(case.findings - self._mentioned)
         if not left or "" in self._mentioned:
             return self.NOTHING_ELSE
-        typical = max(left, key=lambda s: self.case.disease.findings.get(s, 0.0))
+        typical = max(left, key=lambda s: case.disease.findings.get(s, 0.0))
         self._mentioned |= {"", typical}
-        return self.bank.lexicon.symptoms[typical].complaint
+        return lexicon.symptoms[typical].complaint
 
 
 def read_evidence(bank: Bank, question: str, reply: str) -> dict[str, bool]:
-    """What a patient's reply says: {symptom: present}, {} if nothing can be read.
-
-    The lexicon's own sentences are read exactly. Other text is read as a yes or no to
-    the question's symptoms, then as statements ("I have a headache but no fever").
-    """
+    """What a reply says: {symptom: present}, {} if nothing can be read. The lexicon's
+    sentences are read exactly, others as an answer first, then as statements."""
     lexicon, evidence, rest, lists = bank.lexicon, {}, [], _ENGLISH
     for sentence in re.split(r"(?<=[.!?])\s+", reply):
         if known := lexicon.sentences.get(_key(sentence)):
@@ -564,32 +500,19 @@ def read_evidence(bank: Bank, question: str, reply: str) -> dict[str, bool]:
 
 
 # ------------------------------------------------------------- 6. the consultation (03)
-SYSTEM = (
-    "You are a doctor. Ask the patient one short question at a time, at most {n}. "
-    "Then write: Final diagnosis: NAME"
-)
+SYSTEM = "You are a doctor. Ask the patient one short question at a time, at most {n}. "
+SYSTEM += "Then write: Final diagnosis: NAME"
 FEEDBACK = "Feedback on your last consultation with this patient:"
 LAST_TURN = "Please give your final diagnosis now."
 _TAGS = re.compile(r"<(/?)\s*(?:reason|reasoning|think|thinking)\s*>", re.I)
 _FINAL = re.compile(r"final\s+diagnosis\W{0,4}(?:is\b)?\s*[:\-–]?\s*(.*)", re.I)
-
-
-class Turn(NamedTuple):
-    """One doctor turn: all of it, what is spoken, and the diagnosis if given."""
-
-    text: str
-    spoken: str
-    reasoning: str = ""
-    diagnosis: str | None = None
+# One doctor turn: all of it, what is spoken, hidden thoughts, the diagnosis or None.
+Turn = namedtuple("Turn", "text spoken reasoning diagnosis")
 
 
 @lru_cache(maxsize=50_000)
 def read_turn(text: str) -> Turn:
-    """Splits a doctor's text. Reasoning may be nested or unclosed; it stays hidden.
-
-    >>> read_turn("<reason>flu?</reason>Final diagnosis: Influenza.").diagnosis
-    'Influenza'
-    """
+    """Splits a doctor's text. Reasoning may be nested or unclosed; it stays hidden."""
     depth, last, spoken, hidden = 0, 0, [], []
     for tag in _TAGS.finditer(text):
         (hidden if depth else spoken).append(text[last : tag.start()])
@@ -603,11 +526,8 @@ def read_turn(text: str) -> Turn:
 
 @dataclass
 class Episode:
-    """The record of a consultation, in plain types, to be saved and rewarded.
-
-    The doctor first sees `prompt_ids`; `completion_ids` are its sampled tokens
-    (`env_mask` 1) and the patient's words with their template (0).
-    """
+    """The record of a consultation, in plain types. The doctor sees `prompt_ids` first;
+    in `completion_ids` its own tokens have `env_mask` 1."""
 
     case_id: str = ""
     truth: str = ""
@@ -629,20 +549,16 @@ class Episode:
     completion_ids: list[int] = field(default_factory=list, repr=False)
     env_mask: list[int] = field(default_factory=list, repr=False)
 
-    # If the patient failed, or named its own disease, no reward is fair.
+    # False if the patient failed or named its disease: no reward would be fair.
     scorable = property(lambda self: self.ended not in ("no answer", "leak"))
 
 
 class Consultation(Episode):
     """An episode that goes on: a doctor and a patient take turns.
 
-    Args:
-        patient: anything with `opening() -> str` and `reply(question) -> str`.
-        chat: notebook 03's ChatTokens; without it (for doctors that speak text) the
-            token lists stay empty.
-        max_tokens: cap on `completion_ids`; a longer conversation ends undiagnosed.
-        system: the instructions; {n} stands for `max_questions`.
-        feedback: a critic's words on an earlier try, put after the instructions (10).
+    `patient` has `opening()` and `reply(question)`; `chat` is notebook 03's ChatTokens,
+    None for doctors that speak text. A talk of more than `max_tokens` ends undiagnosed.
+    `system`: instructions, {n} is `max_questions`; a critic's `feedback` follows (10).
     """
 
     def __init__(
@@ -666,8 +582,7 @@ class Consultation(Episode):
         self.prompt_ids = chat.prompt(system, self.opening, feedback) if chat else []
         self.system = system + feedback
 
-    # All tokens so far are what the doctor continues.
-    ids = property(lambda self: self.prompt_ids + self.completion_ids)
+    ids = property(lambda self: self.prompt_ids + self.completion_ids)  # all so far
     done = property(lambda self: self.ended is not None)
 
     def _cue(self, reply: str) -> str:
@@ -725,11 +640,8 @@ class Consultation(Episode):
     def step(self, said: str | Sequence[int]) -> None:
         """The doctor speaks, and the patient answers unless that was the end."""
         self.hear(said)
-        _answer_all([] if self.done else [self])
-
-    def record(self) -> Episode:
-        """What is left of it when it is over."""
-        return Episode(**{f.name: getattr(self, f.name) for f in fields(Episode)})
+        if not self.done:
+            self.answer(self.patient.reply(self.spoken[-1]))
 
 
 def save_transcripts(episodes: Sequence[Episode], path: str | Path) -> Path:
@@ -744,83 +656,71 @@ def load_transcripts(path: str | Path) -> list[Episode]:
 
 
 # ------------------------------------------------------------------------- 7. play (03)
-Doctor = Callable[[list[Consultation]], list]  # -> for each: text, or sampled token ids
-
-
 def play(
-    doctor: Doctor,
+    doctor: Callable,
     bank: Bank,
     case_ids: Sequence[str],
     chat: Any = None,
-    progress: bool = False,
     at_once: int = 256,
     patient: Callable[[Bank, Case], Any] = ScriptedPatient,
     feedback: Sequence[str] = (),
     **options,
 ) -> list[Episode]:
     """Plays one consultation per case id; `at_once` of them advance together, turn by
-    turn. Finished ones leave the batch. Episode i belongs to case_ids[i].
+    turn, and finished ones leave. Episode i belongs to case_ids[i].
 
-    A smaller `at_once` needs less memory. `patient` makes the patient of a case.
-    `feedback` holds a critic's words for each case id (10). `options` go to
-    Consultation (max_questions, max_tokens, system).
+    `doctor` gets the open consultations and returns its words in each, text or tokens.
+    `patient` makes a case's patient; those with `reply_all` are asked together.
+    `feedback`: a critic's words for each case (10). `options` go to Consultation.
     """
     feedback = feedback or [""] * len(case_ids)
     if len(feedback) != len(case_ids):
-        have = f"{len(feedback)} texts for {len(case_ids)} cases"
-        raise ValueError(
-            f"feedback: {have}; give one for each (empty: nothing to say)."
-        )
-    episodes, together = [], list(zip(case_ids, feedback))
-    with tqdm(total=len(case_ids), desc="episodes", disable=not progress) as bar:
+        raise ValueError("feedback: give a text for each case, empty where none is.")
+    episodes, todo = [], list(zip(case_ids, feedback))
+    names = [f.name for f in fields(Episode)]  # what is left when it is over
+    with tqdm(total=len(case_ids), desc="episodes", delay=5, leave=False) as bar:
         for start in range(0, len(case_ids), at_once):
+            part = [
+                (patient(bank, make_case(bank, c)), f)
+                for c, f in todo[start:][:at_once]
+            ]
             talks = live = [
-                Consultation(
-                    bank, patient(bank, make_case(bank, c)), chat, feedback=f, **options
-                )
-                for c, f in together[start : start + at_once]
+                Consultation(bank, who, chat, feedback=f, **options) for who, f in part
             ]
             while live:
                 for talk, said in zip(live, doctor(live), strict=True):
                     talk.hear(said)
-                _answer_all([talk for talk in live if not talk.done])
+                asked = [talk for talk in live if not talk.done]
+                for talk, reply in zip(asked, _replies(asked), strict=True):
+                    talk.answer(reply)
                 bar.update(sum(talk.done for talk in live))
                 live = [talk for talk in live if not talk.done]
-            episodes += [talk.record() for talk in talks]
+            episodes += [Episode(*(getattr(t, name) for name in names)) for t in talks]
     return episodes
 
 
-def _answer_all(talks: Sequence[Consultation]) -> None:
-    """Every patient answers its doctor's last question. Patients of a kind that has
-    `reply_all(patients, questions) -> replies` are asked together."""
+def _replies(talks: list[Consultation]) -> Sequence[str | None]:
     patients, questions = [t.patient for t in talks], [t.spoken[-1] for t in talks]
-    together = getattr(patients[0], "reply_all", None) if patients else None
-    alone = (p.reply(q) for p, q in zip(patients, questions))
-    replies = together(patients, questions) if together else alone
-    for talk, reply in zip(talks, replies, strict=True):
-        talk.answer(reply)
+    if talks and hasattr(patients[0], "reply_all"):
+        return patients[0].reply_all(patients, questions)
+    return [p.reply(q) for p, q in zip(patients, questions)]
 
 
 # ---------------------------------------------------------- 8. grading and rewards (03)
 def match_disease(bank: Bank, text: str) -> str | None:
-    """The disease that a diagnosis names, or None.
-
-    Names and aliases in any spelling count ("flu" is Influenza); typos are forgiven
-    word by word, unless two diseases are about as near ("Hepatitis B" is not Hepatitis
-    A). A denial or a choice ("not influenza", "flu or a cold") names nothing. What
-    stands in brackets must not contradict the rest: "Influenza (flu)".
-    """
-    said, hedges = words(text), set(_ENGLISH["hedges"])
-    exact = bank.spellings.get(" ".join(said))
-    while said and said[0] in _ENGLISH["fillers"] and not exact:
+    """The disease that a diagnosis names, or None. Aliases count; typos are forgiven
+    unless two diseases are about as near. Denials and choices ("flu or a cold") name
+    nothing; brackets must not contradict the rest."""
+    said, hedges, fillers = words(text), set(_ENGLISH["hedges"]), _ENGLISH["fillers"]
+    find = bank.spellings.get
+    while not (exact := find(" ".join(said))) and said and said[0] in fillers:
         said = said[1:]
-        exact = bank.spellings.get(" ".join(said))
     inside = re.search(r"\((.+?)\)", text)
     if inside and not exact:
         outer = match_disease(bank, text.replace(inside[0], " "))
         inner = match_disease(bank, inside[1])
-        denied = hedges & set(words(inside[1]))
-        return outer if not denied and inner in (None, outer) else None
+        agrees = inner in (None, outer) and not hedges & set(words(inside[1]))
+        return outer if agrees else None
     if exact or not said or hedges & set(said):
         return exact
     near: dict[str, float] = {}
@@ -838,33 +738,28 @@ def match_disease(bank: Bank, text: str) -> str | None:
     return ranked[0][0] if clear else None
 
 
-# A reward of None: this episode cannot be scored; TRL leaves it out.
 def reward_correct(episode: list[Episode], **_) -> list[float | None]:
-    """1 for the right diagnosis, else 0."""
+    """1 for the right diagnosis, else 0; None (for TRL) if it cannot be scored."""
     return [float(e.correct) if e.scorable else None for e in episode]
 
 
 def reward_repeats(episode: list[Episode], **_) -> list[float | None]:
     """-0.1 for every question that was already answered."""
-    return [-0.1 * e.repeats if e.scorable else None for e in episode]
+    return [0 - 0.1 * e.repeats if e.scorable else None for e in episode]
 
 
 def reward_no_diagnosis(episode: list[Episode], **_) -> list[float | None]:
     """-0.5 for an episode that ends without a diagnosis."""
-    return [-0.5 * (e.diagnosis is None) if e.scorable else None for e in episode]
+    return [0 - 0.5 * (e.diagnosis is None) if e.scorable else None for e in episode]
 
 
 # ------------------------------------------------------------------- 9. evaluation (05)
 def evaluate(
-    doctor: Doctor, bank: Bank, case_ids: Sequence[str], chat: Any = None, **options
+    doctor: Callable, bank: Bank, case_ids: Sequence[str], chat: Any = None, **options
 ) -> tuple[dict[str, float], list[Episode]]:
-    """Plays the cases; returns the scores and the episodes. `options` go to `play`.
-
-    n counts the scorable episodes, unscorable the others (their patient failed, or gave
-    its disease away); RuntimeError if all are. accuracy comes with its 95% Wilson
-    interval (low, high); questions, repeats and not_understood are means per episode;
-    no_diagnosis is a share.
-    """
+    """Plays the cases (`options`: of `play`); returns the scores and the episodes. n
+    counts the scorable ones; accuracy has a 95% Wilson interval; questions, repeats and
+    not_understood are means, no_diagnosis is a share."""
     episodes = play(doctor, bank, case_ids, chat, **options)
     scorable = [e for e in episodes if e.scorable]
     if not scorable:
@@ -874,13 +769,12 @@ def evaluate(
     scores = dict(n=n, accuracy=right / n, low=interval.low, high=interval.high)
     for name in ("questions", "repeats", "not_understood"):
         scores[name] = sum(getattr(e, name) for e in scorable) / n
-    scores["no_diagnosis"] = sum(e.diagnosis is None for e in scorable) / n
-    return scores | dict(unscorable=len(episodes) - n), episodes
+    silent = sum(e.diagnosis is None for e in scorable) / n
+    return scores | dict(no_diagnosis=silent, unscorable=len(episodes) - n), episodes
 
 
 def save_result(result: Mapping, path, command: str, seed: int, machine: str) -> Path:
-    """Writes figures as JSON together with what they depend on: machine, versions, the
-    command that made them, and the seed."""
+    """Writes figures as JSON, with what they depend on; makes the folders it needs."""
     versions = {p: version(p) for p in ("torch", "transformers", "trl", "unsloth")}
     origin = dict(machine=machine, versions=versions, command=command, seed=seed)
     return _write(path, json.dumps({**result, "origin": origin}, indent=1))
