@@ -1,4 +1,4 @@
-"""The fast batch of notebook 03b, unrecorded on a CPU: it says what the plain one says."""
+"""Notebook 03b's batch, unrecorded on a CPU: it says what the plain one says."""
 
 import pytest
 import torch

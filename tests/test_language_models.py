@@ -9,6 +9,7 @@ import chat_server
 import pytest
 
 import grpodx_utils as gx
+from conftest import ROOT
 
 two, four, eight = (gx.notebook(number) for number in ("02", "04", "08b"))
 nine, ten = gx.notebook("09"), gx.notebook("10")
@@ -72,7 +73,7 @@ def test_play_with_llm_patients_is_play(bank, serve):
 @pytest.fixture
 def tiny_patient():
     """The address of `transformers serve` with the model in data/tiny_patient."""
-    script = str(gx.ROOT / "tests" / "tiny_patient.py")
+    script = str(ROOT / "tests" / "tiny_patient.py")
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, script, "--serve"], **pipes) as process:
         yield process.stdout.readline().strip()

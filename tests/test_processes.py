@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-import grpodx_utils as gx
+from conftest import ROOT
 
 BATCH, GROUP, STEPS = 64, 8, 3
 CHECK = f"""
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
              "notebooks/04_grpo_training.ipynb", str(ready), *options],
             ["jupyter", "nbconvert", "--to", "python", str(ready)],
         ):  # fmt: skip
-            subprocess.run([sys.executable, "-m", *command], cwd=gx.ROOT, check=True)
+            subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
         script.write_text(script.read_text() + CHECK)
         command = "accelerate.commands.launch --num_machines 1 --mixed_precision no"
         command += f" --dynamo_backend no --num_processes {processes}"
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
         env = {**os.environ, "ACCELERATE_USE_CPU": "true", "MPLBACKEND": "Agg"}
         ran = subprocess.run(
             [sys.executable, "-m", *command.split(), str(script)],
-            cwd=gx.ROOT, env=env, capture_output=True, text=True,
+            cwd=ROOT, env=env, capture_output=True, text=True,
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr[-3000:]
         lines = [x for x in ran.stdout.splitlines() if x.startswith("CHECK ")]

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 import grpodx_utils as gx
+from conftest import ROOT
 from test_fast_self_play import consultations, greedy_by_generate
 
 one, two, three, four = (gx.notebook(n) for n in ("01", "02", "03", "04"))
@@ -177,7 +178,10 @@ def test_an_interrupted_run_is_finished_from_its_last_checkpoint(tmp_path):
             "--no-progress-bar",
             "--no-log-output",
         ]
-        command += [str(gx.ROOT / "notebooks" / "04_grpo_training.ipynb"), str(out)]
+        command += [
+            str(ROOT / "notebooks" / "04_grpo_training.ipynb"),
+            str(out),
+        ]
         given |= {
             "OUTPUT_DIR": str(tmp_path / "run"),
             "TEST_CASES": 8,
@@ -185,7 +189,7 @@ def test_an_interrupted_run_is_finished_from_its_last_checkpoint(tmp_path):
         }
         for name, value in given.items():
             command += ["-p", name, str(value)]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=gx.ROOT)
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert ran.returncode == 0, ran.stderr[-2000:]
         return json.loads((tmp_path / "run" / "results.json").read_text())["curve"]
 
