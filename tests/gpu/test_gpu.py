@@ -1,7 +1,6 @@
 """The training path on a CUDA GPU, 4-bit and float16 as on a T4: `make gpu-check`."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -9,14 +8,12 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU here: the GPU checks did not run", allow_module_level=True)
 
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-import unsloth  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from test_training import consultations, small_model  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+import grpodx_utils as gx
 
-import grpodx_utils as gx  # noqa: E402
+one, three, four = (gx.notebook(number) for number in ("01", "03", "04"))
+from datasets import Dataset
+from test_fast_self_play import consultations, fast, small_model
+from trl import GRPOConfig, GRPOTrainer
 
 STEPS, GROUP, EPISODES = 3, 8, 64
 
@@ -28,12 +25,12 @@ def bank():
 
 @pytest.fixture(scope="module")
 def loaded():
-    return gx.load_doctor(gx.DATA / "tiny_doctor", lora_rank=16, dtype=torch.float16)
+    return one.load_doctor(gx.DATA / "tiny_doctor", lora_rank=16, dtype=torch.float16)
 
 
 @pytest.fixture(scope="module")
 def chat(loaded):
-    return gx.ChatTokens(loaded[1])
+    return three.ChatTokens(loaded[1])
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +40,27 @@ def cases(bank):
 
 @pytest.fixture
 def doctor(loaded, chat):
-    unsloth.FastLanguageModel.for_inference(loaded[0])
+    one.FastLanguageModel.for_inference(loaded[0])
     torch.manual_seed(0)
-    return gx.ModelDoctor(loaded[0], chat, temperature=0, max_new_tokens=16)
+    return four.make_doctor(loaded[0], chat, 0, 16)
 
 
 # First, while Unsloth has not yet put its own code into these models' layers.
-@pytest.mark.parametrize("kind", gx._GraphBatch.KINDS)
+@pytest.mark.parametrize("kind", fast.GraphBatch.KINDS)
 def test_recorded_steps_say_what_the_cpu_says(kind, bank, tiny_tokenizer, monkeypatch):
     """Long uneven turns: columns are added and rows drop out between recordings."""
-    monkeypatch.setattr(gx._GraphBatch, "ROOM", 16)
-    monkeypatch.setattr(gx._GraphBatch, "WARM_UP", 1)
+    monkeypatch.setattr(fast.GraphBatch, "ROOM", 16)
+    monkeypatch.setattr(fast.GraphBatch, "WARM_UP", 1)
     recorded, graph = [], torch.cuda.CUDAGraph
     monkeypatch.setattr(
         torch.cuda, "CUDAGraph", lambda: recorded.append(graph()) or recorded[-1]
     )
-    chat = gx.ChatTokens(tiny_tokenizer)
+    chat = three.ChatTokens(tiny_tokenizer)
     model = small_model(kind, len(tiny_tokenizer))
     said = {}
     for device in ("cpu", "cuda"):
-        doctor = gx.ModelDoctor(
-            model.to(device), chat, temperature=0, max_new_tokens=24
-        )
+        batch = fast.GraphBatch if device == "cuda" else three.Batch
+        doctor = three.ModelDoctor(model.to(device), chat, 0, 24, batch)
         talks = live = consultations(bank, chat, 13)
         while live:
             for c, ids in zip(live, doctor(live)):
@@ -113,7 +109,7 @@ def test_the_cache_kept_between_turns_changes_next_to_nothing(
                 pad_token_id=chat.tokenizer.pad_token_id,
                 eos_token_id=chat.stop_ids,
             )
-            new = gx.cut_turn(out[0, upto.shape[1] :].tolist(), chat.stop_ids)
+            new = three.cut_turn(out[0, upto.shape[1] :].tolist(), chat.stop_ids)
             same += ids[upto.shape[1] :][: len(new)] == new
             total += 1
     print(f"{same} of {total} turns are the same")
@@ -124,7 +120,7 @@ def test_grpo_steps_then_the_adapter_is_saved_and_read_back(
     loaded, bank, chat, tmp_path
 ):
     model, tokenizer = loaded
-    rollout = gx.make_rollout(bank, chat)
+    rollout = four.make_rollout(bank, chat)
     cases = gx.sample_cases(bank.names, STEPS * EPISODES // GROUP, seed=1)
     lora = {n: p for n, p in model.named_parameters() if "lora_B" in n}
     start = {n: p.detach().clone() for n, p in lora.items()}
@@ -165,7 +161,7 @@ def test_grpo_steps_then_the_adapter_is_saved_and_read_back(
     assert all(len(set(groups[i : i + GROUP])) == 1 for i in range(0, EPISODES, GROUP))
 
     model.save_pretrained(str(tmp_path / "adapter"))
-    again, _ = gx.load_doctor(adapter=tmp_path / "adapter", dtype=torch.float16)
+    again, _ = one.load_doctor(adapter=tmp_path / "adapter", dtype=torch.float16)
     mine = dict(model.named_parameters())
     for name, value in again.named_parameters():
         if "lora_" in name:
