@@ -39,7 +39,9 @@ demo: $(VENV)/.installed  ## run notebooks 01 to 06 for real and print what came
 	  $(BIN)/papermill --progress-bar --no-log-output $$nb runs/$$name.ipynb
 	  $(BIN)/jupyter nbconvert --log-level ERROR --to html --output $$name runs/$$name.ipynb
 	done
-	$(BIN)/python -c 'import grpodx_utils as gx; gx.print_summary()'
+	echo; echo "Notebook 04, new patients (accuracy with its 95% interval):"
+	cat runs/04_grpo/summary.txt
+	echo "Plots: open runs/*.html (05_evaluation.html compares all doctors)."
 
 test: $(VENV)/.installed-tests  ## lint, unit tests, notebook gates, nbval, browser test
 	@echo "== lint"; $(BIN)/ruff check . ; $(BIN)/ruff format --check .
