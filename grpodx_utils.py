@@ -4,6 +4,8 @@
 
 Plain Python and numpy, in the order of the data flow. The model's side (tokens,
 rollout, advantages, judges) stands in the notebook that teaches it; see `notebook`.
+A *finding* is a symptom that a patient has; *evidence* maps symptoms to True or False
+as the patient said; an *episode* is one finished consultation.
 """
 
 from __future__ import annotations
@@ -77,9 +79,8 @@ def read_json(path: str | Path) -> Any:
     except OSError as e:
         what = f"cannot be read ({e.strerror}). Check the path."
     except json.JSONDecodeError as e:
-        what = (
-            f"line {e.lineno}: not valid JSON ({e.msg}). Is a comma or a quote missing?"
-        )
+        what = f"line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}). Often a "
+        what += "comma or a quote is missing just before that place."
         what = what if text.strip() else "the file is empty. Restore it."
     raise BankError(f"{path}: {what}")
 
@@ -104,12 +105,11 @@ class _Record(BaseModel, frozen=True, extra="forbid"):
             return cls.model_validate(raw)
         except ValidationError as e:
             faults = e.errors()
-        missing = [str(f["loc"][0]) for f in faults if f["type"] == "missing"]
         key, inside = (*faults[0]["loc"], None, None)[:2]
         names = [f.alias or name for name, f in cls.model_fields.items()]
         if key is None:
             what = f": expected an object, got {type(raw).__name__}."
-        elif missing:
+        elif missing := [str(f["loc"][0]) for f in faults if f["type"] == "missing"]:
             what = f" lacks {', '.join(missing)}. Add it."
         elif key not in names:
             what = f" has a key '{key}'.{_did_you_mean(key, names)}"
@@ -157,16 +157,16 @@ class Lexicon:
         said += [(s.complaint, s.name, True) for s in symptoms]
         self.sentences = {_key(text): (name, present) for text, name, present in said}
         self._own = {_key(s.question): (s.name,) for s in symptoms}
-        self._head = {w: group[0] for group in synonyms for w in group}
+        self._head = head = {w: group[0] for group in synonyms for w in group}
+        self._kinds = {"": ()} | {s.name: s.kind_of for s in symptoms}
         small, every = _ENGLISH["stop_words"], []  # every: (symptom, words of a phrase)
         for s in symptoms:
             every += [(s.name, words(p)) for p in (s.name, s.question, *s.ask)]
         every += [("", words(p)) for p in unknown]
-        split = [(n, [w for w in p if w not in small] or p) for n, p in every]
-        split = [(n, tuple(dict.fromkeys(p))) for n, p in split]
-        self._vocabulary = sorted({w for _, p in split for w in p} | self._head.keys())
-        phrases = {(n, tuple(self._head.get(w, w) for w in p)) for n, p in split}
-        self._phrases = sorted(phrases)
+        rows = [(n, [w for w in p if w not in small] or p) for n, p in every]
+        rows = [(n, dict.fromkeys(p)) for n, p in rows]  # each word once
+        self._vocabulary = sorted({w for _, p in rows for w in p} | head.keys())
+        self._phrases = sorted({(n, tuple(head.get(w, w) for w in p)) for n, p in rows})
         self._by_word, self._words_of = defaultdict(list), defaultdict(set)
         for i, (name, phrase) in enumerate(self._phrases):
             self._words_of[name].update(phrase)
@@ -195,13 +195,12 @@ class Lexicon:
         said, part, item = [], [], []  # content words; the part of the text that each
         joins, items = _ENGLISH["joins"], 0  # stands in; the same, split by "and" only
         pieces = re.split(rf"([,;.:?!–—]+|\b(?:{'|'.join(joins)})\b)", text)
-        for number, piece in enumerate(pieces):
+        for number, (piece, mark) in enumerate(zip(pieces[::2], pieces[1::2] + [""])):
             content = [w for w in words(piece) if w not in _ENGLISH["stop_words"]]
-            content = [] if number % 2 else content  # every other one divides
             said += content
-            part += [number // 2] * len(content)
-            items += number % 2 and piece in joins
+            part += [number] * len(content)
             item += [items] * len(content)
+            items += mark in joins
         where = defaultdict(lambda: defaultdict(list))  # phrase -> its words -> spots
         for spot, word in enumerate(said):
             for same in self._alike(word):
@@ -220,16 +219,11 @@ class Lexicon:
 
     def _choose(self, hits, said, part, item) -> tuple[str, ...]:
         """Keeps the best hits: each with words and a part of the text of its own."""
-        kinds = {"": (), **{n: s.kind_of for n, s in self.symptoms.items()}}
-        chosen: dict[str, list[int]] = {}
+        chosen: dict[str, set[int]] = {}
         for sharing in (False, True):
             for *_, name, spots in hits:
-                mine = set(spots)
-                rivals = {
-                    n: set(c)
-                    for n, c in chosen.items()
-                    if n not in kinds[name] or mine < set(c)
-                }
+                mine, wider = set(spots), self._kinds[name]
+                rivals = {n: c for n, c in chosen.items() if n not in wider or mine < c}
                 own = mine - set().union(*rivals.values())
                 if not sharing:
                     parts = {part[s] for s in spots}
@@ -242,13 +236,13 @@ class Lexicon:
                     new = {s for s in own if not self._alike(said[s]) & known}
                     fits = others and {item[s] for s in new} - theirs
                 if fits and name not in chosen:
-                    chosen[name] = spots
+                    chosen[name] = mine
         for name in [n for n in chosen if n]:
             parts = {item[s] for *_, n, c in hits if n == name for s in c}
-            for wide in kinds[name]:
-                if wide in chosen and item[chosen[wide][0]] in parts:
+            for wide in self._kinds[name]:
+                if wide in chosen and item[min(chosen[wide])] in parts:
                     del chosen[wide]
-        return tuple(sorted((n for n in chosen if n), key=lambda n: chosen[n][0]))
+        return tuple(sorted((n for n in chosen if n), key=lambda n: min(chosen[n])))
 
 
 def _inflected(a: str, b: str) -> bool:
@@ -271,8 +265,8 @@ class Disease(_Record):
 
     name: str = Field(alias="disease_name", pattern=r"^[^|]*[A-Za-zÀ-ÿ0-9][^|]*$")
     findings: Annotated[
-        dict[str, bool | Annotated[float, Field(ge=0, le=1)]],
-        AfterValidator(lambda given: {s: float(x) for s, x in given.items() if x}),
+        dict[str, Annotated[float, Field(ge=0, le=1)]],
+        AfterValidator(lambda given: {s: x for s, x in given.items() if x}),
     ] = Field(alias="symptoms", min_length=1)
     aliases: tuple[str, ...] = ()
     system: str = Field("other", alias="body_system")
@@ -285,16 +279,13 @@ class Disease(_Record):
     sex: Literal["", "female", "male"] = ""
     age: tuple[StrictInt, StrictInt] = (18, 80)  # youngest, oldest
 
-    typical = property(
-        lambda d: frozenset(s for s, x in d.findings.items() if x >= 0.5)
-    )
-
 
 class Bank:
     """The diseases with their lexicon; a probability model of patients.
 
-    float [diseases, symptoms]: `listed`, the file's fractions; `rates`, P(finding), not
-    0 or 1; `complaint_rates`, P(chief complaint): what is typical of two diseases.
+    Arrays [diseases, symptoms]: `listed`, the file's fractions; `rates`, P(finding |
+    disease), never 0 or 1; `complaint_rates`, P(chief complaint | disease), rows sum to
+    1: a complaint is typical (0.5 or more) of this disease and of another one.
     """
 
     BACKGROUND = 0.02  # P(a patient reports a symptom that the disease does not list)
@@ -336,8 +327,8 @@ def load_bank(
 ) -> Bank:
     """Reads and checks a disease bank; `bank["Influenza"].findings` is a mapping.
 
-    `source`: a file, or a list of diseases as in data/README.md; None: the shipped one.
-    `lexicon`: how people talk about symptoms. BankError says what is wrong and where.
+    `source`: a file or a list of diseases as in data/README.md; None is the shipped
+    bank. `lexicon`: how people talk about symptoms. BankError: what is wrong and where.
     """
     if not isinstance(lexicon, Lexicon):
         lexicon = _read_lexicon(lexicon)
@@ -346,10 +337,9 @@ def load_bank(
         where = source or DATA / "disease_bank.json"
         records = read_json(where)
     if not isinstance(records, list) or not records:
-        raise BankError(
-            f"{where}: expected a non-empty list of diseases (DDXPlus: see 02)."
-        )
-    diseases, owner = [], {}  # owner: a name, or the typical findings -> disease
+        what = "expected a non-empty list of diseases. (DDXPlus's files: notebook 02.)"
+        raise BankError(f"{where}: {what}")
+    owner, by_typical = {}, {}  # a name -> disease; its typical findings -> disease
     for number, record in enumerate(records, 1):
         name = record.get("disease_name") if isinstance(record, dict) else None
         here = f"{where}: {name or f'disease {number}'}"
@@ -365,15 +355,16 @@ def load_bank(
             if (first := owner.setdefault(_key(spelling), disease)) is not disease:
                 what = f"the name '{spelling}' is already used by {first.name}"
                 raise BankError(f"{here}: {what}. Remove one of the two, or rename it.")
-        if (first := owner.setdefault(disease.typical, disease)) is not disease:
+        typical = frozenset(s for s, share in disease.findings.items() if share >= 0.5)
+        if (first := by_typical.setdefault(typical, disease)) is not disease:
             what = f"its typical findings (0.5 or more) are the same as {first.name}'s"
             raise BankError(f"{here}: {what}. Add a finding that differs.")
-        diseases.append(disease)
-    for d in diseases:
-        if not any(d.typical & other.typical for other in diseases if other is not d):
-            what = "no typical finding is shared with another disease. Add a shared one"
-            raise BankError(f"{where}: {d.name}: {what}, or its complaint tells it.")
-    return Bank(diseases, lexicon)
+    for typical, d in by_typical.items():
+        if not any(typical & other for other in by_typical if other != typical):
+            what = f"{where}: {d.name}: no typical finding is shared with another"
+            what += " disease, so its complaint gives it away. Add a shared one."
+            raise BankError(what)
+    return Bank([*by_typical.values()], lexicon)
 
 
 def _read_lexicon(path: str | Path) -> Lexicon:
@@ -408,8 +399,9 @@ Case = namedtuple("Case", "case_id disease complaint findings age sex since")
 def make_case(bank: Bank, case_id: str) -> Case:
     """Rebuilds a case from its id, "disease|mode|seed": the same on any machine.
 
-    canonical: the typical findings (0.5 or more). sampled: first a complaint, then each
-    finding by its rate, as Bayes' rule assumes (02). noisy: then 1 in 10 is flipped.
+    canonical: the typical findings (0.5 or more). sampled: first the complaint, then
+    each finding by its rate, as Bayes' rule has it (02). noisy: then 1 in 10 flipped.
+    ValueError for a malformed id, an unknown disease or mode.
     """
     name, mode, seed = (case_id.split("|") + ["", ""])[:3]
     known = name in bank.index and mode in ("sampled", "canonical", "noisy")
@@ -429,8 +421,7 @@ def make_case(bank: Bank, case_id: str) -> Case:
     sex = disease.sex or ("female", "male")[rng.integers(2)]
     sex = "female" if "heavy periods" in findings else sex
     age = int(rng.integers(disease.age[0], disease.age[1] + 1))
-    since = _SINCE[disease.onset]
-    since = since[rng.integers(len(since))]
+    since = str(rng.choice(_SINCE[disease.onset]))
     return Case(case_id, disease, bank.symptoms[first], findings, age, sex, since)
 
 
@@ -449,7 +440,7 @@ class ScriptedPatient:
 
     def __init__(self, bank: Bank, case: Case):
         self.bank, self.case = bank, case
-        self._mentioned = {case.complaint}  # and "" once it has volunteered something
+        self._mentioned, self._volunteered = {case.complaint}, False
 
     def opening(self) -> str:
         return self.bank.lexicon.symptoms[self.case.complaint].complaint
@@ -468,16 +459,16 @@ class ScriptedPatient:
         if topic != "else":
             return (about | {"since": case.since}).get(topic, self.UNSURE)
         left = sorted(case.findings - self._mentioned)
-        if not left or "" in self._mentioned:
+        if not left or self._volunteered:  # one more finding, once
             return self.NOTHING_ELSE
         typical = max(left, key=lambda s: case.disease.findings.get(s, 0.0))
-        self._mentioned |= {"", typical}
+        self._volunteered = True
         return lexicon.symptoms[typical].complaint
 
 
 def read_evidence(bank: Bank, question: str, reply: str) -> dict[str, bool]:
     """What a reply says: {symptom: present}, {} if nothing can be read. The lexicon's
-    sentences are read exactly, others as an answer first, then as statements."""
+    sentences are read exactly, others as a yes or no to the question or a statement."""
     lexicon, evidence, rest, lists = bank.lexicon, {}, [], _ENGLISH
     for sentence in re.split(r"(?<=[.!?])\s+", reply):
         if known := lexicon.sentences.get(_key(sentence)):
@@ -557,8 +548,8 @@ class Consultation(Episode):
     """An episode that goes on: a doctor and a patient take turns.
 
     `patient` has `opening()` and `reply(question)`; `chat` is notebook 03's ChatTokens,
-    None for doctors that speak text. A talk of more than `max_tokens` ends undiagnosed.
-    `system`: instructions, {n} is `max_questions`; a critic's `feedback` follows (10).
+    or None for doctors that speak text. Beyond `max_tokens` it ends undiagnosed. In the
+    instructions, `system`, {n} is `max_questions`; a critic's `feedback` follows (10).
     """
 
     def __init__(
@@ -643,6 +634,10 @@ class Consultation(Episode):
         if not self.done:
             self.answer(self.patient.reply(self.spoken[-1]))
 
+    def record(self) -> Episode:
+        """What is left of it when it is over."""
+        return Episode(**{f.name: getattr(self, f.name) for f in fields(Episode)})
+
 
 def save_transcripts(episodes: Sequence[Episode], path: str | Path) -> Path:
     """Writes one JSON object per episode and line; makes the folders it needs."""
@@ -666,27 +661,23 @@ def play(
     feedback: Sequence[str] = (),
     **options,
 ) -> list[Episode]:
-    """Plays one consultation per case id; `at_once` of them advance together, turn by
-    turn, and finished ones leave. Episode i belongs to case_ids[i].
+    """Plays the cases, `at_once` of them together; episode i belongs to case_ids[i].
 
-    `doctor` gets the open consultations and returns its words in each, text or tokens.
-    `patient` makes a case's patient; those with `reply_all` are asked together.
+    `doctor` gets the open consultations and returns what it says in each: text or token
+    ids. `patient` makes a case's patient; those with `reply_all` are asked together.
     `feedback`: a critic's words for each case (10). `options` go to Consultation.
     """
     feedback = feedback or [""] * len(case_ids)
     if len(feedback) != len(case_ids):
         raise ValueError("feedback: give a text for each case, empty where none is.")
     episodes, todo = [], list(zip(case_ids, feedback))
-    names = [f.name for f in fields(Episode)]  # what is left when it is over
     with tqdm(total=len(case_ids), desc="episodes", delay=5, leave=False) as bar:
         for start in range(0, len(case_ids), at_once):
-            part = [
-                (patient(bank, make_case(bank, c)), f)
-                for c, f in todo[start:][:at_once]
-            ]
-            talks = live = [
-                Consultation(bank, who, chat, feedback=f, **options) for who, f in part
-            ]
+            talks = []
+            for case_id, remark in todo[start:][:at_once]:
+                who = patient(bank, make_case(bank, case_id))
+                talks.append(Consultation(bank, who, chat, feedback=remark, **options))
+            live = talks
             while live:
                 for talk, said in zip(live, doctor(live), strict=True):
                     talk.hear(said)
@@ -695,7 +686,7 @@ def play(
                     talk.answer(reply)
                 bar.update(sum(talk.done for talk in live))
                 live = [talk for talk in live if not talk.done]
-            episodes += [Episode(*(getattr(t, name) for name in names)) for t in talks]
+            episodes += [talk.record() for talk in talks]
     return episodes
 
 
@@ -708,7 +699,7 @@ def _replies(talks: list[Consultation]) -> Sequence[str | None]:
 
 # ---------------------------------------------------------- 8. grading and rewards (03)
 def match_disease(bank: Bank, text: str) -> str | None:
-    """The disease that a diagnosis names, or None. Aliases count; typos are forgiven
+    """The disease that a diagnosis names, or None. Aliases count, and typos in a word
     unless two diseases are about as near. Denials and choices ("flu or a cold") name
     nothing; brackets must not contradict the rest."""
     said, hedges, fillers = words(text), set(_ENGLISH["hedges"]), _ENGLISH["fillers"]
@@ -733,13 +724,14 @@ def match_disease(bank: Bank, text: str) -> str | None:
             ]
             if min(ratios) >= 80:
                 near[name] = max(near.get(name, 0.0), sum(ratios) / len(ratios))
-    ranked = sorted(near.items(), key=lambda kv: -kv[1])
-    clear = len(ranked) == 1 or (ranked and ranked[0][1] - ranked[1][1] >= 5)
-    return ranked[0][0] if clear else None
+    best = max(near.values(), default=0.0)
+    rivals = [name for name, ratio in near.items() if best - ratio < 5]
+    return rivals[0] if len(rivals) == 1 else None
 
 
+# A reward of None: this episode cannot be scored; TRL leaves it out.
 def reward_correct(episode: list[Episode], **_) -> list[float | None]:
-    """1 for the right diagnosis, else 0; None (for TRL) if it cannot be scored."""
+    """1 for the right diagnosis, else 0."""
     return [float(e.correct) if e.scorable else None for e in episode]
 
 
@@ -757,9 +749,11 @@ def reward_no_diagnosis(episode: list[Episode], **_) -> list[float | None]:
 def evaluate(
     doctor: Callable, bank: Bank, case_ids: Sequence[str], chat: Any = None, **options
 ) -> tuple[dict[str, float], list[Episode]]:
-    """Plays the cases (`options`: of `play`); returns the scores and the episodes. n
-    counts the scorable ones; accuracy has a 95% Wilson interval; questions, repeats and
-    not_understood are means, no_diagnosis is a share."""
+    """Plays the cases (`options`: of `play`); returns the scores and the episodes.
+
+    n counts the scorable episodes; accuracy has a 95% Wilson interval (low, high);
+    questions, repeats and not_understood are means, no_diagnosis is a share.
+    """
     episodes = play(doctor, bank, case_ids, chat, **options)
     scorable = [e for e in episodes if e.scorable]
     if not scorable:

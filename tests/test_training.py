@@ -224,3 +224,47 @@ def test_the_advised_doctor_takes_advice(bank):
         differ = [x.turns != y.turns for x, y in zip(first, second)]
         better[name] = np.mean(np.array(b)[differ] > np.array(a)[differ])
     assert better["advised"] >= 0.8 and better["again"] <= 0.65
+
+
+def test_the_loss_by_hand():
+    """Clipping ends the push in the direction of the advantage, never against it."""
+    log_p = torch.tensor([[2.0, 0.5, 9.0], [2.0, 0.5, 9.0]]).log()
+    played = torch.zeros(2, 3)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])  # the third token is the patient's
+    advantage = torch.tensor([[1.0], [-1.0]])
+    loss = four.grpo_loss(log_p, played, advantage, mask, longest=10)
+    by_hand = -((1.2 + 0.5) + (-2.0 - 0.8)) / (2 * 10)
+    assert loss.item() == pytest.approx(by_hand)
+    per_token = torch.tensor([[1.0, 0.0, 5.0], [-1.0, 0.0, 5.0]])
+    loss = four.grpo_loss(log_p, played, per_token, mask, longest=10)
+    assert loss.item() == pytest.approx(-(1.2 - 2.0) / (2 * 10))
+
+
+def test_on_a_cpu_4_bit_weights_are_computed_in_32_bits():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU keeps its weights packed")
+    packed, tokenizer = one.load_base("data/tiny_doctor", load_in_4bit=True)
+    ids = torch.tensor([tokenizer("Do you have a fever? Any rash?")["input_ids"]])
+    with torch.inference_mode():
+        before = packed(input_ids=ids).logits
+        after = one.unpack_4bit(packed)(input_ids=ids).logits
+    assert torch.allclose(before, after, atol=1e-3)
+    model, _ = one.load_doctor("data/tiny_doctor")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.get_base_model().is_loaded_in_4bit, "or TRL trains in bfloat16"
+
+
+def test_a_run_without_any_signal_rings_the_alarm(monkeypatch, capsys):
+    class Silent(four.TurnCredit):
+        def __init__(self):
+            pass
+
+    nothing = {"advantages": torch.zeros(8)}
+    base = "_generate_and_score_completions"
+    monkeypatch.setattr(four.GRPOTrainer, base, lambda self, inputs: nothing)
+    trainer = Silent()
+    for _ in range(9):
+        trainer._generate_and_score_completions([])
+    assert "ALARM" not in capsys.readouterr().out
+    trainer._generate_and_score_completions([])
+    assert "ALARM" in capsys.readouterr().out
