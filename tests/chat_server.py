@@ -78,8 +78,10 @@ class Server(ThreadingHTTPServer):
         age, sex, since = re.search(
             r"You are (\d+) years old, (\w+)\. (.*)", facts
         ).groups()
-        about = {"age": f"I am {age} years old.", "sex": f"I am {sex}.", "since": since}
-        return about.get(lexicon.topic(question), gx.ScriptedPatient.UNSURE)
+        about = {"old": f"I am {age} years old.", "male": f"I am {sex}."}
+        about |= dict.fromkeys(("long", "start", "began"), since)
+        said = gx.words(question)
+        return next((about[w] for w in said if w in about), gx.ScriptedPatient.UNSURE)
 
     def judge(self, case):
         asked = [x["doctor"] for x in case["consultation"][1:]]
