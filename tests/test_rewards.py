@@ -99,6 +99,8 @@ def test_advantages_by_hand():
         ("Do you have a rash? <reason>too late</reason>", False),
         ("<reason>Final diagnosis: Influenza</reason>", False),
         ("<reason></reason> Do you have a rash?", False),
+        ("<reason>fever < 3 days</reason> Do you have a rash?", True),
+        ("<Thinking>fever</Thinking> Is it <b>big</b>?", True),
     ],
 )
 def test_reasoning_pays_only_when_well_formed(bank, text, good):
