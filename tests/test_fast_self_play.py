@@ -1,5 +1,8 @@
 """Notebook 03b's batch, unrecorded on a CPU: it says what the plain one says."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -90,3 +93,18 @@ def test_a_switched_off_adapter_is_off(bank, chat):
         off = doctor([talk])
         assert off == [greedy_by_generate(model, chat, talk, 6)]
     assert on != off
+
+
+@pytest.mark.parametrize("kind", [three.Batch, fast.GraphBatch])
+def test_a_dropped_batch_frees_its_cache_at_once(model, kind):
+    """Without the garbage collector, which does not know how full a GPU is."""
+    batch, ids = kind(model), torch.full((3, 1), 5)
+    with torch.inference_mode():
+        batch.read(ids, torch.ones_like(ids))
+    cache = weakref.ref(batch.cache)
+    gc.disable()
+    try:
+        del batch
+        assert cache() is None
+    finally:
+        gc.enable()
