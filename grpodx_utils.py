@@ -265,8 +265,10 @@ class Disease(_Record):
 
     name: str = Field(alias="disease_name", pattern=r"^[^|]*[A-Za-zÀ-ÿ0-9][^|]*$")
     findings: Annotated[
-        dict[str, Annotated[float, Field(ge=0, le=1)]],
-        AfterValidator(lambda given: {s: x for s, x in given.items() if x}),
+        dict[
+            str, Literal[True, False] | Annotated[float, Field(strict=True, ge=0, le=1)]
+        ],
+        AfterValidator(lambda given: {s: float(x) for s, x in given.items() if x}),
     ] = Field(alias="symptoms", min_length=1)
     aliases: tuple[str, ...] = ()
     system: str = Field("other", alias="body_system")

@@ -72,6 +72,7 @@ def changed(**changes):
         ),
         (changed(symptoms={"fever": "yes"}), "B: 'fever' is 'yes'"),
         (changed(symptoms={"fever": 1.2}), "B: 'fever' is 1.2"),
+        (changed(symptoms={"fever": "0.5"}), "B: 'fever' is '0.5'"),
         (changed(symptoms={"fever": float("nan")}), "B: 'fever' is nan"),
         (changed(symptoms={"fever": None}), "B: 'fever' is None"),
         (changed(symptoms={"fever": 1, "rash": 0.9}), "same as A's"),

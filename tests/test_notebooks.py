@@ -238,11 +238,15 @@ def test_notebooks_import_from_earlier_ones_only(stem, nb):
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_definitions_run_without_the_rest_of_their_notebook(number, capfd):
-    """In one process, as tests and later notebooks use them; nothing is printed."""
+def test_definitions_run_without_the_rest_of_their_notebook(number):
+    """In one process, as tests and later notebooks use them; and only once."""
+    names = {n for tree in definitions(nb_of(number)) for n in defined(tree)}
     module = gx.notebook(number)
-    assert module is gx.notebook(number), "only once"
-    capfd.readouterr()
+    assert names <= set(vars(module)) and module is gx.notebook(number)
+
+
+def nb_of(number):
+    return next(nb for stem, nb in NOTEBOOKS.items() if stem.split("_")[0] == number)
 
 
 def test_an_unknown_notebook_is_one_sentence():
