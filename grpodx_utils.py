@@ -128,6 +128,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", plain)
 
 
+@lru_cache(4096)
 def _key(text: str) -> str:
     return " ".join(words(text))
 
@@ -303,7 +304,9 @@ class Bank:
         self.listed = np.array(listed)
         self.rates = np.clip(self.listed, self.BACKGROUND, 1 - self.BACKGROUND)
         typical = self.listed >= 0.5
-        weight = np.where(typical & (typical.sum(0) >= 2), self.listed, 0.0)
+        shared = typical & (typical.sum(0) >= 2)
+        shared |= typical & ~shared.any(1, keepdims=True)  # in a part of a bank
+        weight = shared * self.listed
         share = weight / weight.sum(1, keepdims=True)
         self.complaint_rates = (1 - self.BACKGROUND) * share
         self.complaint_rates += self.BACKGROUND / len(self.symptoms)
@@ -311,8 +314,9 @@ class Bank:
         self.spellings = {spelling: name for spelling, name in said if spelling}
         # The lexicon's sentences give nothing away: "a cold sweat" is no common cold.
         harmless = " | ".join(f" {said} " for said in lexicon.sentences)
-        secret = [(f" {a} ", name) for a, name in self.spellings.items()]
-        self._giveaways = [(a, name) for a, name in secret if a not in harmless]
+        self._giveaways = defaultdict(list)
+        for said, name in ((f" {s} ", n) for s, n in self.spellings.items()):
+            self._giveaways[name] += [said] if said not in harmless else []
 
     def __getitem__(self, name: str) -> Disease:
         return self.diseases[self.index[name]]
@@ -320,7 +324,7 @@ class Bank:
     def named_in(self, text: str, disease: str) -> bool:
         """Whether a text says the disease's name or one of its aliases."""
         said = f" {_key(text)} "
-        return any(name == disease and a in said for a, name in self._giveaways)
+        return any(name in said for name in self._giveaways[disease])
 
 
 def load_bank(

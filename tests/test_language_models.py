@@ -6,6 +6,7 @@ import sys
 import threading
 
 import chat_server
+import numpy as np
 import pytest
 
 import grpodx_utils as gx
@@ -162,13 +163,14 @@ def test_an_unscorable_episode_moves_nothing(bank, tiny_tokenizer):
     chat = gx.notebook("03").ChatTokens(tiny_tokenizer)
     episodes = gx.play(two.BayesDoctor(bank, "random"), bank, cases(bank, 1) * 4, chat)
     episodes[1].ended = "leak"
-    width = max(len(e.env_mask) for e in episodes)
-    table = four.turn_advantages(bank, episodes, 4, width)
-    assert not table[1].any() and table[0].any()
-    with_three = four.turn_advantages(
-        bank, [e for e in episodes if e.scorable], 3, width
-    )
-    assert (table[[0, 2, 3]] == with_three).all(), "the others' mean does not know it"
+    scores = four.turn_scores(bank, episodes)
+    turns = four.turn_credit(episodes, scores, 4)
+    assert not turns[1].any() and turns[0].any()
+    rest = [0, 2, 3]
+    some, their = [episodes[i] for i in rest], [scores[i] for i in rest]
+    with_three = four.turn_credit(some, their, 3)
+    same = [np.array_equal(turns[i], x) for i, x in zip(rest, with_three)]
+    assert all(same), "the others' mean does not know it"
 
 
 def test_answers_are_kept_and_a_rerun_is_free(bank, serve, tmp_path):

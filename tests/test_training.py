@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 import grpodx_utils as gx
 from conftest import ROOT
@@ -115,12 +116,14 @@ def test_an_early_diagnosis_costs_something(bank):
     assert four.turn_scores(bank, [e])[0] == [-0.5]
 
 
-def test_turn_advantages_sit_on_the_doctors_tokens_and_are_centred(bank, chat, trainer):
+def test_credit_sits_on_the_doctors_tokens_and_is_centred(bank, chat, trainer):
     prompts = np.repeat(gx.sample_cases(bank.names, 4, seed=4), 8).tolist()
     rollout = four.make_rollout(bank, chat)
     out = rollout(prompts, trainer)
     width = max(map(len, out["completion_ids"]))
-    table = four.turn_advantages(bank, rollout.episodes, 8, width)
+    scores = four.turn_scores(bank, rollout.episodes)
+    turns = four.turn_credit(rollout.episodes, scores, 8)
+    table = four.spread(rollout.episodes, turns, width)
     assert table.shape == (32, width)
     for row, mask in zip(table, out["env_mask"]):
         silent = np.ones(width, bool)
@@ -129,6 +132,65 @@ def test_turn_advantages_sit_on_the_doctors_tokens_and_are_centred(bank, chat, t
     first = [next(i for i, m in enumerate(mask) if m) for mask in out["env_mask"]]
     at_first = table[np.arange(32), first].reshape(4, 8)
     assert np.allclose(at_first.mean(1), 0), "the first turn's advantages sum to zero"
+    apart = {tuple(row) for row in np.round(turns[0], 6).reshape(1, -1)}
+    assert len(set(next(iter(apart)))) > 1, "turns differ"
+
+
+def test_credit_goes_to_each_token_of_its_turn(bank, chat):
+    (e,) = gx.play(two.BayesDoctor(bank), bank, ["Influenza|sampled|5"], chat)
+    (row,) = four.spread([e], [[1, 2, 3, 4, 5, 6]], len(e.env_mask))
+    spoken = [
+        [int(row[i]) for i in range(len(row)) if e.env_mask[i] and row[i] == turn]
+        for turn in range(1, 7)
+    ]
+    lengths = [len(chat.encode(text)) + len(chat.end_ids) for text in e.turns]
+    assert [len(x) for x in spoken] == lengths
+    assert (row == 0).sum() == e.env_mask.count(0)
+
+
+def test_the_weight_of_the_diagnosis(bank):
+    (e,) = gx.play(two.BayesDoctor(bank), bank, ["Influenza|sampled|5"])
+    silent = gx.play(lambda talks: ["Hm." for _ in talks], bank, [e.case_id])[0]
+    turns = four.weigh_diagnosis([e, silent], [[0.5] * 6, [0.5] * 6], 0.1)
+    assert turns[0] == [0.5] * 5 + [0.05] and turns[1] == [0.5] * 6
+
+
+def run_notebook_04(tmp_path, name, **given):
+    """Runs notebook 04 with few, small steps; returns its folder."""
+    out = tmp_path / name
+    given |= {"OUTPUT_DIR": str(out), "TEST_CASES": 8, "BATCH_SIZE": 16}
+    notebook = ROOT / "notebooks" / "04_grpo_training.ipynb"
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar"]
+    command += ["--no-log-output", str(notebook), str(tmp_path / f"{name}.ipynb")]
+    for key, value in given.items():
+        command += ["-p", key, str(value)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return out
+
+
+@pytest.mark.parametrize("credit", ["episode", "turn"])
+def test_withheld_diseases_touch_nothing_that_is_learned(bank, tmp_path, credit):
+    """The withheld diseases exchange their findings; the adapter stays the same."""
+    records = json.loads((gx.DATA / "disease_bank.json").read_text("utf-8"))
+    _, withheld = gx.split_bank(bank)
+    mine = [r for r in records if r["disease_name"] in withheld]
+    findings = [r["symptoms"] for r in mine]
+    for r, other in zip(mine, findings[1:] + findings[:1]):
+        r["symptoms"] = other
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(records), "utf-8")
+    new = gx.load_bank(changed)
+    assert any((new.rates != bank.rates).any(1)), "the two banks differ"
+    weights = [
+        load_file(run_notebook_04(tmp_path, name, MAX_STEPS=2, CREDIT=credit, **other)
+                  / "adapter" / "adapter_model.safetensors")
+        for name, other in (("shipped", {}), ("changed", {"BANK": changed}))
+    ]  # fmt: skip
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    moved = [w for k, w in weights[0].items() if "lora_B" in k]
+    assert any(w.abs().max() > 0 for w in moved), "an update was made"
 
 
 def test_default_model_and_missing_adapter(tmp_path):
@@ -169,34 +231,14 @@ def test_tiny_doctor_files(tiny_tokenizer):
 
 
 def test_an_interrupted_run_is_finished_from_its_last_checkpoint(tmp_path):
-    def notebook_04(**given):
-        out = tmp_path / "out.ipynb"
-        command = [
-            sys.executable,
-            "-m",
-            "papermill",
-            "--no-progress-bar",
-            "--no-log-output",
-        ]
-        command += [
-            str(ROOT / "notebooks" / "04_grpo_training.ipynb"),
-            str(out),
-        ]
-        given |= {
-            "OUTPUT_DIR": str(tmp_path / "run"),
-            "TEST_CASES": 8,
-            "BATCH_SIZE": 16,
-        }
-        for name, value in given.items():
-            command += ["-p", name, str(value)]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert ran.returncode == 0, ran.stderr[-2000:]
-        return json.loads((tmp_path / "run" / "results.json").read_text())["curve"]
+    def curve(**given):
+        folder = run_notebook_04(tmp_path, "run", SAVE_STEPS=1, **given)
+        return json.loads((folder / "results.json").read_text())["curve"]
 
-    first = notebook_04(MAX_STEPS=2, SAVE_STEPS=1)
+    first = curve(MAX_STEPS=2)
     saved = tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors"
     stamp = saved.stat().st_mtime_ns
-    second = notebook_04(MAX_STEPS=3, SAVE_STEPS=1, RESUME=True)
+    second = curve(MAX_STEPS=3, RESUME=True)
     assert second[:2] == first and len(second) == 3
     assert saved.stat().st_mtime_ns == stamp  # steps 1 and 2 were not made again
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
@@ -255,7 +297,7 @@ def test_on_a_cpu_4_bit_weights_are_computed_in_32_bits():
 
 
 def test_a_run_without_any_signal_rings_the_alarm(monkeypatch, capsys):
-    class Silent(four.TurnCredit):
+    class Silent(four.ConsultationTrainer):
         def __init__(self):
             pass
 

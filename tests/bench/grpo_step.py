@@ -36,8 +36,8 @@ def now():
     return time.perf_counter()
 
 
-class Timed(four.TurnCredit):
-    """Credit per turn as in notebook 04, with a clock around every part."""
+class Timed(four.ConsultationTrainer):
+    """GRPO as in notebook 04, with a clock around every part."""
 
     def _generate_and_score_completions(self, inputs):
         start, before = now(), spent["generation"]
@@ -69,7 +69,7 @@ def timed_rollout(prompts, trainer):
     start = now()
     out = rollout(prompts, trainer)
     spent["generation"] += now() - start
-    timed_rollout.episodes, timed_rollout.stop_ids = rollout.episodes, chat.stop_ids
+    timed_rollout.episodes = rollout.episodes
     return out
 
 
@@ -88,11 +88,12 @@ args = parser.parse_args()
 spent = Counter()
 bank = gx.load_bank()
 train, _ = gx.split_bank(bank)
+school = gx.Bank([bank[n] for n in train], bank.lexicon)
 model, tokenizer = one.load_doctor(
     args.model, lora_rank=args.lora_rank, load_in_4bit=not args.no_4bit, seed=args.seed
 )
 chat = three.ChatTokens(tokenizer)
-rollout = four.make_rollout(bank, chat)
+rollout = four.make_rollout(school, chat)
 cases = gx.sample_cases(
     train, (args.steps + 1) * args.episodes // args.group, args.seed
 )
@@ -125,7 +126,7 @@ with tempfile.TemporaryDirectory() as folder:
         rollout_func=timed_rollout,
         callbacks=[Stopwatch()],
     )
-    trainer.bank = bank
+    trainer.credit = four.make_credit(school, args.group)
     trainer.generation_config.max_new_tokens = args.turn_tokens
     trainer.train()
 
