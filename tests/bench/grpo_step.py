@@ -1,7 +1,7 @@
 """Where does a GRPO step's time go? Seconds per step for
 
     generation   the consultations (`make_rollout`)
-    scoring      rewards, credit per turn, padding to tensors
+    scoring      rewards, advantages of turns, padding to tensors
     learning     forward and backward passes
     rest         optimizer, logging, data
 
