@@ -132,8 +132,7 @@ def test_credit_sits_on_the_doctors_tokens_and_is_centred(bank, chat, trainer):
     first = [next(i for i, m in enumerate(mask) if m) for mask in out["env_mask"]]
     at_first = table[np.arange(32), first].reshape(4, 8)
     assert np.allclose(at_first.mean(1), 0), "the first turn's advantages sum to zero"
-    apart = {tuple(row) for row in np.round(turns[0], 6).reshape(1, -1)}
-    assert len(set(next(iter(apart)))) > 1, "turns differ"
+    assert len(set(np.round(turns[0], 6))) > 1, "turns differ"
 
 
 def test_credit_goes_to_each_token_of_its_turn(bank, chat):
