@@ -154,18 +154,26 @@ def test_the_weight_of_the_diagnosis(bank):
     assert turns[0] == [0.5] * 5 + [0.05] and turns[1] == [0.5] * 6
 
 
-def run_notebook_04(tmp_path, name, **given):
-    """Runs notebook 04 with few, small steps; returns its folder."""
-    out = tmp_path / name
-    given |= {"OUTPUT_DIR": str(out), "TEST_CASES": 8, "BATCH_SIZE": 16}
-    notebook = ROOT / "notebooks" / "04_grpo_training.ipynb"
+def start_notebook_04(tmp_path, name, disaster="", **given):
+    """Runs notebook 04 with few, small steps, the code `disaster` before it trains."""
+    given |= {"OUTPUT_DIR": tmp_path / name, "TEST_CASES": 8, "BATCH_SIZE": 16}
+    notebook = nbformat.read(ROOT / "notebooks" / "04_grpo_training.ipynb", 4)
+    (training,) = [c for c in notebook.cells if "trainer.train(" in c.source]
+    training.source = f"{disaster}\n{training.source}"
+    nbformat.write(notebook, tmp_path / f"{name}_in.ipynb")
     command = [sys.executable, "-m", "papermill", "--no-progress-bar"]
-    command += ["--no-log-output", str(notebook), str(tmp_path / f"{name}.ipynb")]
+    command += ["--no-log-output", str(tmp_path / f"{name}_in.ipynb")]
+    command += [str(tmp_path / f"{name}.ipynb")]
     for key, value in given.items():
         command += ["-p", key, str(value)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def run_notebook_04(tmp_path, name, **given):
+    """Runs notebook 04 to its end; returns its folder."""
+    ran = start_notebook_04(tmp_path, name, **given)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    return out
+    return tmp_path / name
 
 
 @pytest.mark.parametrize("credit", ["episode", "turn"])
@@ -229,18 +237,65 @@ def test_tiny_doctor_files(tiny_tokenizer):
     assert config["base_model_name_or_path"] == "data/tiny_doctor"
 
 
-def test_an_interrupted_run_is_finished_from_its_last_checkpoint(tmp_path):
-    def curve(**given):
-        folder = run_notebook_04(tmp_path, "run", SAVE_STEPS=1, **given)
-        return json.loads((folder / "results.json").read_text())["curve"]
+SIX_STEPS = dict(MAX_STEPS=6, SAVE_STEPS=2, MICRO_BATCH=8)
+NO_SPACE = """
+def save(*_, write=torch.save, **__):
+    if trainer.state.global_step == 4:
+        raise OSError(28, "No space left on device")
+    write(*_, **__)
 
-    first = curve(MAX_STEPS=2)
-    saved = tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors"
-    stamp = saved.stat().st_mtime_ns
-    second = curve(MAX_STEPS=3, RESUME=True)
-    assert second[:2] == first and len(second) == 3
-    assert saved.stat().st_mtime_ns == stamp  # steps 1 and 2 were not made again
-    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+torch.save = save
+"""
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    return run_notebook_04(tmp_path_factory.mktemp("a"), "run", **SIX_STEPS)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The same run, but at the checkpoint of step 4 the disk is full: (folder, what the
+    kernel said)."""
+    folder = tmp_path_factory.mktemp("b")
+    ran = start_notebook_04(folder, "run", NO_SPACE, **SIX_STEPS)
+    assert ran.returncode != 0
+    return folder / "run", ran.stderr
+
+
+def test_a_full_disk_ends_with_one_sentence(stopped):
+    folder, said = stopped
+    (last,) = [line for line in said.splitlines() if "SystemExit: " in line]
+    assert f"{folder / 'checkpoint-4'} was not written: the disk is full." in last
+    assert "OUTPUT_DIR" in last and "RESUME = True" in last
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert four.is_whole(folder / "checkpoint-2")
+
+
+def test_a_resumed_run_ends_like_one_that_never_stopped(never_stopped, stopped):
+    folder, _ = stopped
+    cut_off = shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-4")
+    os.truncate(cut_off / "optimizer.pt", 100_000)
+    first = folder / "checkpoint-2" / "adapter_model.safetensors"
+    stamp = first.stat().st_mtime_ns
+    copy = shutil.copytree(folder / "checkpoint-2", folder.parent / "copy")
+    run_notebook_04(folder.parent, "run", RESUME=True, **SIX_STEPS)
+    said = (folder.parent / "run.ipynb").read_text("utf-8")
+    assert f"from {folder / 'checkpoint-2'}; not from checkpoint-4, cut off" in said
+    # TO DO
+    for part in ("adapter", "checkpoint-6"):
+        mine, fair = (
+            load_file(run / part / "adapter_model.safetensors")
+            for run in (folder, never_stopped)
+        )
+        assert mine.keys() == fair.keys()
+        assert all(torch.equal(mine[name], fair[name]) for name in fair), part
+    curves = [
+        json.loads((run / "results.json").read_text())["curve"]
+        for run in (folder, never_stopped)
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 6
 
 
 def test_the_advised_doctor_takes_advice(bank):
