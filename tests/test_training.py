@@ -1,14 +1,18 @@
 """The rollout that TRL calls, credit per turn, loading, and what notebooks save."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import grpodx_utils as gx
@@ -239,10 +243,10 @@ def test_tiny_doctor_files(tiny_tokenizer):
 
 SIX_STEPS = dict(MAX_STEPS=6, SAVE_STEPS=2, MICRO_BATCH=8)
 NO_SPACE = """
-def save(*_, write=torch.save, **__):
-    if trainer.state.global_step == 4:
+def save(thing, path, write=torch.save, **options):
+    if "checkpoint-4" in str(path):
         raise OSError(28, "No space left on device")
-    write(*_, **__)
+    write(thing, path, **options)
 
 
 torch.save = save
@@ -275,27 +279,88 @@ def test_a_full_disk_ends_with_one_sentence(stopped):
 
 def test_a_resumed_run_ends_like_one_that_never_stopped(never_stopped, stopped):
     folder, _ = stopped
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    took = [round(x["step_time"], 2) for x in state["log_history"]]
     cut_off = shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-4")
     os.truncate(cut_off / "optimizer.pt", 100_000)
-    first = folder / "checkpoint-2" / "adapter_model.safetensors"
-    stamp = first.stat().st_mtime_ns
-    copy = shutil.copytree(folder / "checkpoint-2", folder.parent / "copy")
+    (cut_off / "of_an_earlier_run.txt").touch()
     run_notebook_04(folder.parent, "run", RESUME=True, **SIX_STEPS)
     said = (folder.parent / "run.ipynb").read_text("utf-8")
     assert f"from {folder / 'checkpoint-2'}; not from checkpoint-4, cut off" in said
-    # TO DO
-    for part in ("adapter", "checkpoint-6"):
-        mine, fair = (
-            load_file(run / part / "adapter_model.safetensors")
-            for run in (folder, never_stopped)
+    assert four.is_whole(cut_off) and not (cut_off / "of_an_earlier_run.txt").exists()
+    result, fair = (
+        json.loads((x / "results.json").read_text()) for x in (folder, never_stopped)
+    )
+    assert result["seconds_per_step"][:2] == took, "steps 1 and 2 were not made again"
+    assert result["curve"] == fair["curve"] and len(fair["curve"]) == 6
+    assert result["after"] == fair["after"]
+    for part in ("checkpoint-4", "checkpoint-6", "adapter"):
+        weights, fair = (
+            load_file(x / part / "adapter_model.safetensors")
+            for x in (folder, never_stopped)
         )
-        assert mine.keys() == fair.keys()
-        assert all(torch.equal(mine[name], fair[name]) for name in fair), part
-    curves = [
-        json.loads((run / "results.json").read_text())["curve"]
-        for run in (folder, never_stopped)
-    ]
-    assert curves[0] == curves[1] and len(curves[0]) == 6
+        assert weights.keys() == fair.keys()
+        assert all(torch.equal(weights[k], fair[k]) for k in fair), part
+
+
+def test_cut_off_checkpoints_are_recognised(never_stopped, tmp_path):
+    whole, copy = never_stopped / "checkpoint-6", tmp_path / "checkpoint-6"
+    shutil.copytree(whole, copy)
+    assert four.is_whole(whole) and four.is_whole(copy)
+    files = [f for part in four.PARTS.split() for f in copy.glob(part)]
+    assert len(files) == 5
+    for file in (*files, copy / "ref" / "adapter_model.safetensors"):
+        content = file.read_bytes()
+        for kept in (0, len(content) // 2, len(content) - 5):
+            file.write_bytes(content[:kept])
+            assert not four.is_whole(copy), f"{file.name}, {kept} of {len(content)}"
+        file.write_bytes(content)
+    for file in files:
+        file.rename(tmp_path / "elsewhere")
+        assert not four.is_whole(copy), f"no {file.name}"
+        (tmp_path / "elsewhere").rename(file)
+    optimizer = bytearray((copy / "optimizer.pt").read_bytes())
+    optimizer[100_000:200_000] = bytes(100_000)  # never reached the disk
+    (copy / "optimizer.pt").write_bytes(optimizer)
+    assert not four.is_whole(copy)
+
+
+def test_the_newest_whole_checkpoint_is_chosen(never_stopped, tmp_path, capsys):
+    for order, number in enumerate((60, 2, 4, 6)):  # 60: of an earlier, longer run
+        folder = tmp_path / f"checkpoint-{number}"
+        shutil.copytree(never_stopped / "checkpoint-6", folder)
+        for path in (folder, *folder.glob("*")):
+            os.utime(path, (order, order))
+    assert four.choose_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    assert capsys.readouterr().out == f"from {tmp_path / 'checkpoint-6'}\n"
+    for number in (4, 6):
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    assert four.choose_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert capsys.readouterr().out.count("\n") == 1
+    for number in (2, 60):
+        (tmp_path / f"checkpoint-{number}" / "optimizer.pt").unlink()
+    with pytest.raises(SystemExit, match=r"no whole checkpoint .*Set it to False"):
+        four.choose_checkpoint(tmp_path)
+
+
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize("error, free, says", [
+    (OSError(28, FULL), 0, "the disk is full"),
+    (SafetensorError(f"I/O error: {FULL} (os error 28)"), 10**9, "the disk is full"),
+    (RuntimeError("unexpected pos 576 vs 534"), 0, "the disk is full"),  # torch.save
+    (OSError(30, "Read-only file system"), 10**9, "Read-only file system"),
+])  # fmt: skip
+def test_half_an_adapter_does_not_stay(tmp_path, monkeypatch, error, free, says):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    adapter = tmp_path / "adapter"
+    with pytest.raises(SystemExit, match=says) as stop, four.saving(adapter):
+        adapter.mkdir()
+        (adapter / "adapter_model.safetensors").write_bytes(b"half")
+        raise error
+    assert str(adapter) in str(stop.value) and "OUTPUT_DIR" in str(stop.value)
+    assert not adapter.exists()
 
 
 def test_the_advised_doctor_takes_advice(bank):
