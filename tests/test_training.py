@@ -420,6 +420,9 @@ def test_on_a_cpu_4_bit_weights_are_computed_in_32_bits():
 
 def test_a_run_without_any_signal_rings_the_alarm(monkeypatch, capsys):
     class Silent(four.ConsultationTrainer):
+        said = [SimpleNamespace(env_mask=[1, 0], turns=["Hm."])]
+        rollout_func = SimpleNamespace(episodes=said)
+
         def __init__(self):
             pass
 
