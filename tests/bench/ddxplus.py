@@ -83,6 +83,7 @@ if __name__ == "__main__":
         records.append(measure(args.folder, *options))
         print(row(f"{background:.1%} each", records[-1], args.budgets), flush=True)
     if args.out:
-        command = "python tests/bench/ddxplus.py FOLDER " + " ".join(sys.argv[2:])
+        said = ("FOLDER" if Path(a) == args.folder else a for a in sys.argv[1:])
+        command = f"python tests/bench/ddxplus.py {' '.join(said)}"
         machine = f"CPU, {os.cpu_count()} cores"
         gx.save_result({"banks": records}, args.out, command, args.seed, machine)
