@@ -1,4 +1,4 @@
-"""The disease bank: its content, the loader's errors, the split, DDXPlus."""
+"""The disease bank: its content, the loader's errors, the split."""
 
 import json
 
@@ -153,42 +153,3 @@ def test_a_split_withholds_something_of_small_systems_too(bank):
     train, withheld = gx.split_bank(small)
     assert len(withheld) == 1 and len(train) == len(one_each) - 1
     assert gx.split_bank(small, withheld=0)[1] == []
-
-
-def test_ddxplus_format(tmp_path):
-    evidences = {
-        "E_1": {"question_en": "Do you have a fever?", "data_type": "B"},
-        "E_2": {
-            "question_en": "Is it (or are they) larger than 1cm?",
-            "data_type": "B",
-        },
-        "E_3": {"question_en": "Where is the pain?", "data_type": "M"},
-    }
-    conditions = {
-        "Grippe": {
-            "condition_name": "Grippe", "cond-name-eng": "Flu", "icd10-id": "J11",
-            "symptoms": {"E_1": {}, "E_2": {}}, "antecedents": {}, "severity": 3,
-        },
-        "Angine": {
-            "condition_name": "Angine", "cond-name-eng": "Sore throat",
-            "icd10-id": "J02", "symptoms": {"E_1": {}}, "antecedents": {"E_3": {}},
-        },
-    }  # fmt: skip
-    (tmp_path / "e.json").write_text(json.dumps(evidences))
-    (tmp_path / "c.json").write_text(json.dumps(conditions))
-    bank = two.load_ddxplus(tmp_path / "c.json", tmp_path / "e.json")
-    assert bank.names == ["Flu", "Sore throat"] and bank["Flu"].aliases == ("Grippe",)
-    scores, _ = gx.evaluate(
-        two.BayesDoctor(bank), bank, gx.sample_cases(bank.names, 50)
-    )
-    assert scores["accuracy"] > 0.9 and scores["not_understood"] == 0
-    with pytest.raises(gx.BankError, match="DDXPlus"):
-        gx.load_bank(tmp_path / "c.json")
-    with pytest.raises(gx.BankError, match="c.json: not DDXPlus's"):  # swapped
-        two.load_ddxplus(tmp_path / "e.json", tmp_path / "c.json")
-    with pytest.raises(gx.BankError, match="disease_bank.json: not DDXPlus's"):
-        two.load_ddxplus(gx.DATA / "disease_bank.json", tmp_path / "e.json")
-    del evidences["E_3"]
-    (tmp_path / "e.json").write_text(json.dumps(evidences))
-    with pytest.raises(gx.BankError, match="Angine: evidence E_3"):
-        two.load_ddxplus(tmp_path / "c.json", tmp_path / "e.json")
