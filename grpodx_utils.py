@@ -502,23 +502,33 @@ SYSTEM += "Then write: Final diagnosis: NAME"
 FEEDBACK = "Feedback on your last consultation with this patient:"
 LAST_TURN = "Please give your final diagnosis now."
 _TAGS = re.compile(r"<(/?)\s*(?:reason|reasoning|think|thinking)\s*>", re.I)
-_FINAL = re.compile(r"final\s+diagnosis\W{0,4}(?:is\b)?\s*[:\-–]?\s*(.*)", re.I)
+# "Final diagnosis: NAME" where a sentence or line begins; group 2 is a "?" if it asks.
+_FINAL = re.compile(
+    r"(?i)(?:^|(?<=[.!?\n]))[\W_]{0,9}(?:(?:my|the|y?our|doctor:)\s+)?final\s+diagnosis"
+    r"(?:[\s*_`\"]{0,4}(?:is\b|[:=–—→-])|\W{0,3}\n)(?:[^\w.!?]|_){0,9}"
+    r"(.+?)(?:(\?)|[!\n]|\.(?!\w)(?!(?<=\b\w\.)\s+(?-i:[a-z]))|$)"  # not at E. coli
+)
+_REASON = "|".join(_ENGLISH["reasons"])  # what may follow the name
+_REASON = re.compile(rf"(?i);|(?:^|[\s—])[–—(-]?\s?(?:{_REASON})\b")
 # One doctor turn: all of it, what is spoken, hidden thoughts, the diagnosis or None.
 Turn = namedtuple("Turn", "text spoken reasoning diagnosis")
 
 
 @lru_cache(maxsize=50_000)
 def read_turn(text: str) -> Turn:
-    """Splits a doctor's text. Reasoning may be nested or unclosed; it stays hidden."""
+    """Splits a doctor's text. Reasoning may be nested or unclosed; it stays hidden, and
+    so does all before an end tag without a start (the prompt has opened it)."""
     depth, last, spoken, hidden = 0, 0, [], []
     for tag in _TAGS.finditer(text):
         (hidden if depth else spoken).append(text[last : tag.start()])
+        if tag[1] and not depth:
+            hidden, spoken = hidden + spoken, []
         depth, last = max(depth + (-1 if tag[1] else 1), 0), tag.end()
     (hidden if depth else spoken).append(text[last:])
-    said, thought = "".join(spoken), " ".join(" ".join(hidden).split())
-    final = _FINAL.search(said)  # up to the end of its line or sentence
-    name = re.split(r"(?<!\b\w)\. ", final[1])[0].strip(" .*_`\"'") if final else None
-    return Turn(text, " ".join(said.split()), thought, name or None)
+    said, thought = "\n".join(spoken), " ".join(" ".join(hidden).split())
+    names = (_REASON.split(m[1])[0] for m in _FINAL.finditer(said) if not m[2])
+    names = filter(None, (name.strip(" ,:.*_`\"'“”–—-") for name in names))
+    return Turn(text, " ".join(said.split()), thought, next(names, None))
 
 
 @dataclass

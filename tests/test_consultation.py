@@ -1,5 +1,7 @@
 """One loop for all doctors: turns, limits, reasoning, and who may end an episode."""
 
+from time import perf_counter
+
 import pytest
 
 import grpodx_utils as gx
@@ -35,7 +37,7 @@ CASE = "Influenza|canonical|2"
         ("<reason>Final diagnosis: x</reason>Do you cough?", "Do you cough?", None),
         ("<think>a<reason>b</reason>c</think>Hi", "Hi", None),
         ("<reasoning>never closed. Final diagnosis: x", "", None),
-        ("stray</reason> Any pain?", "stray Any pain?", None),
+        ("stray</reason> Any pain?", "Any pain?", None),
         ("Final diagnosis:", "Final diagnosis:", None),
         ("", "", None),
     ],
@@ -45,6 +47,122 @@ def test_read_turn(text, spoken, diagnosis):
     assert turn.diagnosis == diagnosis and turn.text == text
     if spoken is not None:
         assert turn.spoken == spoken
+
+
+@pytest.mark.parametrize(
+    "text, spoken, thought",
+    [
+        (
+            "It may be flu.\n</think>\n\nDo you have chills?",
+            "Do you have chills?",
+            "flu",
+        ),
+        ("Final diagnosis: Gout\n</think>Any rash?", "Any rash?", "Gout"),
+        (
+            "flu? < / think >Final diagnosis: x</think> Any rash?",
+            None,
+            "Final diagnosis",
+        ),
+        ("a</think>Any rash?<think>Final diagnosis: flu", "Any rash?", "flu"),
+        ("a<think>b</think>c</think>Any rash?", "Any rash?", "b"),
+        ("Gout.</THINKING>Any rash?", "Any rash?", "Gout"),
+    ],
+)
+def test_a_thought_that_the_prompt_opened_is_hidden(text, spoken, thought):
+    """DeepSeek and Qwen3.5 write only the end tag: the prompt holds the first."""
+    turn = gx.read_turn(text)
+    assert turn.diagnosis is None and thought in turn.reasoning
+    assert spoken is None or turn.spoken == spoken
+
+
+def test_a_hidden_thought_joins_no_words():
+    assert gx.read_turn("Any<think>x</think>rash?").spoken == "Any rash?"
+    turn = gx.read_turn("I am sure<think>x</think>Final diagnosis: Gout")
+    assert turn.diagnosis == "Gout"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Before I give my final diagnosis, do you have a fever?",
+        "To reach a final diagnosis: do you have a rash?",
+        "I can name my final diagnosis - after one question. Do you cough?",
+        "My final diagnosis depends on one thing: do you cough?",
+        "My final diagnosis is close; do you have a fever?",
+        "My final diagnosis is based on your answers. Any rash?",
+        "My final diagnosis needs one more answer. Any rash?",
+        "Final diagnosis: do you have a fever?",
+        "**Final diagnosis:** is it the flu?",
+        "Final diagnosis?\nDo you have a fever?",
+        "Final diagnosis. Do you have a fever?",
+        "Do you know your final diagnosis: the flu?",
+        "Has anyone made a final diagnosis: gout or flu. Tell me.",
+        "Semifinal diagnosis: flu",
+        "Final diagnosis: ...",
+        "Final diagnosis is",
+        "Final diagnosis: because of the fever.",
+    ],
+)
+def test_speaking_of_the_final_diagnosis_is_not_giving_it(text):
+    assert gx.read_turn(text).diagnosis is None
+
+
+@pytest.mark.parametrize(
+    "text, diagnosis",
+    [
+        ("My final diagnosis is influenza.", "influenza"),
+        ("Your final diagnosis is: **Influenza**!", "Influenza"),
+        ("Thank you. Final diagnosis: Influenza", "Influenza"),
+        ("Is that so? Then rest.\n- **Final diagnosis**: Gout", "Gout"),
+        ("__Final diagnosis__: _Gout_", "Gout"),
+        ("### Final Diagnosis\n\n**Gout**\n\nPlease rest.", "Gout"),
+        ("1. Final diagnosis — gout", "gout"),
+        ("“Final diagnosis: Gout.”", "Gout"),
+        ("Doctor: Final diagnosis: Gout", "Gout"),
+        ("Final diagnosis: is it flu? Final diagnosis: gout.", "gout"),
+        ("Final diagnosis: Influenza. Do you have any questions?", "Influenza"),
+        ("Final diagnosis: Influenza\nAny questions?", "Influenza"),
+        ("Final diagnosis: **Gout.** Rest.", "Gout"),
+        ("Final diagnosis: Hepatitis A. Rest well.", "Hepatitis A"),
+        ("Final diagnosis: Type 2 diabetes. Rest.", "Type 2 diabetes"),
+        ("Final diagnosis: Influenza, because of the fever.", "Influenza"),
+        ("Final diagnosis: Influenza due to the cold weather", "Influenza"),
+        ("Final diagnosis: Influenza, given your cough.", "Influenza"),
+        ("Final diagnosis: Influenza - based on your fever, cough", "Influenza"),
+        ("Final diagnosis: Influenza—because of the chills", "Influenza"),
+        ("Final diagnosis: Influenza (since you have chills).", "Influenza"),
+        ("Final diagnosis: Influenza; please rest.", "Influenza"),
+        ("Final diagnosis: Hernia, right side, as you cough.", "Hernia, right side"),
+        ("Final diagnosis: Migraine (with aura)", "Migraine (with aura)"),
+    ],
+)
+def test_a_diagnosis_opens_a_sentence_and_may_have_a_reason(text, diagnosis):
+    assert gx.read_turn(text).diagnosis == diagnosis
+
+
+def test_every_name_of_the_bank_survives_read_turn(bank):
+    for disease in bank.diseases:
+        for name in (disease.name, *disease.aliases):
+            for said in (
+                f"Final diagnosis: {name}",
+                f"My final diagnosis is {name}, because of the fever.",
+                f"**Final diagnosis:** {name} due to your cough. Rest.",
+                f"Thanks.\n### Final Diagnosis\n**{name}**\n\nRest.",
+            ):
+                found = gx.read_turn(said).diagnosis
+                assert found == name, said
+                assert gx.match_disease(bank, found) == disease.name
+
+
+LONG = ["." * 10**5, " " * 10**5, "?\n" * 50000, "Final diagnosis: " * 6000]
+LONG += ["Final diagnosis: a" + " -" * 50000, "Final diagnosis:" + " " * 10**5]
+
+
+@pytest.mark.parametrize("text", LONG, ids=range(len(LONG)))
+def test_read_turn_is_fast_on_long_text(text):
+    start = perf_counter()
+    gx.read_turn(text)
+    assert perf_counter() - start < 2
 
 
 def test_reasoning_is_kept_but_not_spoken():
