@@ -40,6 +40,7 @@ MAX_QUESTIONS = 5
 COLORS = dict(before="#999999", after="#0072B2", bayes="#009E73", random="#E69F00")
 _ENGLISH = json.loads((DATA / "english.json").read_text("utf-8"))  # word lists
 _SINCE, _MUST_BE = _ENGLISH["since"], _ENGLISH["must_be"]  # onset -> what patients say
+_Share = Annotated[float, Field(strict=True, ge=0, le=1)]  # of a disease's patients
 # For libraries that notebooks import later. Threads that spin slow each other down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -86,8 +87,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def _write(path: str | Path, text: str) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
     return path
 
@@ -186,11 +186,10 @@ class Lexicon:
 
     def _find(self, text: str) -> tuple[str, ...]:
         """Names of the symptoms that `text` mentions, in its order; () if none."""
-        if own := self._own.get(_key(text)):
-            return own
         sentences = re.split(r"(?<=[?.!])\s+", text)
         asked = " ".join(p for p in sentences if p.endswith("?"))
-        return self._find_in(asked) or self._find_in(text)
+        own = self._own.get(_key(text))
+        return own or self._find_in(asked) or self._find_in(text)
 
     def _find_in(self, text: str) -> tuple[str, ...]:
         said, part, item = [], [], []  # content words; the part of the text that each
@@ -266,9 +265,7 @@ class Disease(_Record):
 
     name: str = Field(alias="disease_name", pattern=r"^[^|]*[A-Za-zÀ-ÿ0-9][^|]*$")
     findings: Annotated[
-        dict[
-            str, Literal[True, False] | Annotated[float, Field(strict=True, ge=0, le=1)]
-        ],
+        dict[str, Literal[True, False] | _Share],
         AfterValidator(lambda given: {s: float(x) for s, x in given.items() if x}),
     ] = Field(alias="symptoms", min_length=1)
     aliases: tuple[str, ...] = ()
@@ -336,8 +333,7 @@ def load_bank(
     `source`: a file or a list of diseases as in data/README.md; None is the shipped
     bank. `lexicon`: how people talk about symptoms. BankError: what is wrong and where.
     """
-    if not isinstance(lexicon, Lexicon):
-        lexicon = _read_lexicon(lexicon)
+    lexicon = lexicon if isinstance(lexicon, Lexicon) else _read_lexicon(lexicon)
     where, records = "this bank", source
     if not isinstance(source, list):
         where = source or DATA / "disease_bank.json"
@@ -508,8 +504,8 @@ _FINAL = re.compile(
     r"(?:[\s*_`\"]{0,4}(?:is\b|[:=–—→-])|\W{0,3}\n)(?:[^\w.!?]|_){0,9}"
     r"(.+?)(?:(\?)|[!\n]|\.(?!\w)(?!(?<=\b\w\.)\s+(?-i:[a-z]))|$)"  # not at E. coli
 )
-_REASON = "|".join(_ENGLISH["reasons"])  # what may follow the name
-_REASON = re.compile(rf"(?i);|(?:^|[\s—])[–—(-]?\s?(?:{_REASON})\b")
+_WHY = "|".join(_ENGLISH["reasons"])  # what may follow the name
+_REASON = re.compile(rf"(?i);|(?:^|[\s—])[–—(-]?\s?(?:{_WHY})\b")
 # One doctor turn: all of it, what is spoken, hidden thoughts, the diagnosis or None.
 Turn = namedtuple("Turn", "text spoken reasoning diagnosis")
 
@@ -662,8 +658,8 @@ def save_transcripts(episodes: Sequence[Episode], path: str | Path) -> Path:
 
 def load_transcripts(path: str | Path) -> list[Episode]:
     """Reads what `save_transcripts` wrote."""
-    text = Path(path).read_text(encoding="utf-8")
-    return [Episode(**json.loads(line)) for line in text.splitlines()]
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [Episode(**json.loads(line)) for line in lines]
 
 
 # ------------------------------------------------------------------------- 7. play (03)
@@ -698,19 +694,17 @@ def play(
                 for talk, said in zip(live, doctor(live), strict=True):
                     talk.hear(said)
                 asked = [talk for talk in live if not talk.done]
-                for talk, reply in zip(asked, _replies(asked), strict=True):
+                who, said = [t.patient for t in asked], [t.spoken[-1] for t in asked]
+                ask = getattr(who[0], "reply_all", None) if who else None
+                replies = (
+                    ask(who, said) if ask else [p.reply(q) for p, q in zip(who, said)]
+                )
+                for talk, reply in zip(asked, replies, strict=True):
                     talk.answer(reply)
                 bar.update(sum(talk.done for talk in live))
                 live = [talk for talk in live if not talk.done]
             episodes += [talk.record() for talk in talks]
     return episodes
-
-
-def _replies(talks: list[Consultation]) -> Sequence[str | None]:
-    patients, questions = [t.patient for t in talks], [t.spoken[-1] for t in talks]
-    if talks and hasattr(patients[0], "reply_all"):
-        return patients[0].reply_all(patients, questions)
-    return [p.reply(q) for p, q in zip(patients, questions)]
 
 
 # ---------------------------------------------------------- 8. grading and rewards (03)
@@ -734,10 +728,8 @@ def match_disease(bank: Bank, text: str) -> str | None:
     for spelling, name in bank.spellings.items():
         target = spelling.split()
         if len(target) == len(said):
-            ratios = [
-                fuzz.ratio(a, b) if min(len(a), len(b)) > 3 else 100.0 * (a == b)
-                for a, b in zip(said, target)
-            ]
+            pairs = [(a, b, min(len(a), len(b)) > 3) for a, b in zip(said, target)]
+            ratios = [fuzz.ratio(a, b) if x else 100.0 * (a == b) for a, b, x in pairs]
             if min(ratios) >= 80:
                 near[name] = max(near.get(name, 0.0), sum(ratios) / len(ratios))
     best = max(near.values(), default=0.0)
