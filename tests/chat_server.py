@@ -212,8 +212,9 @@ class Handler(BaseHTTPRequestHandler):
         text = "" if fault == "empty" else text
         room = body.get("max_tokens") or body.get("max_completion_tokens") or 10**6
         choice = {"index": 0, "finish_reason": "stop"}
-        if room < server.thinks:
-            text, choice["finish_reason"] = "<think>It may be", "length"
+        text = "<think>It may be " * room if room < server.thinks else text
+        if len(text) > 4 * room:
+            text, choice["finish_reason"] = text[: 4 * room], "length"
         content = STYLES[server.style](text) if server.style else text
         choice["message"] = {"role": "assistant", "content": content}
         read = sum(len(m["content"]) for m in body["messages"]) // 4
