@@ -305,3 +305,200 @@ def test_a_critic_by_model_names_no_disease(bank, serve, monkeypatch):
     monkeypatch.setattr(chat_server.Server, "critic", lambda *_: leak)
     _, client = serve()
     assert ten.critique_by_model(bank, client, [good]) == [""]
+
+
+def told(text):
+    """A conversation with instructions and one question."""
+    both = (("system", "Be brief."), ("user", text))
+    return [{"role": role, "content": words} for role, words in both]
+
+
+def judged(bank, client):
+    """The judge's scores of two consultations, one of them with a wrong diagnosis."""
+    episodes = gx.play(two.BayesDoctor(bank), bank, ["Influenza|canonical|1"] * 2)
+    episodes[1].spoken[-1] = "Final diagnosis: Scabies"
+    return [v and v.score for v in nine.judge(bank, client, episodes)]
+
+
+@pytest.mark.parametrize("mute", [False, True])
+def test_what_a_server_refuses_is_learned_once(serve, mute):
+    refuses = ("max_tokens", "temperature", "system")
+    server, client = serve({"refuses": refuses, "mute": mute}, retries=0)
+    assert client.ask([told(f"Question {i}") for i in range(20)]) == ["yes"] * 20
+    assert server.refused == 3 and server.requests == 23, "once, not for each question"
+    assert client.ask([told("And now?")]) == ["yes"] and server.requests == 24
+    last = server.bodies[-1]
+    assert (
+        not {"max_tokens", "temperature"} & set(last) and last["max_completion_tokens"]
+    )
+    assert last["messages"] == [{"role": "user", "content": "Be brief.\n\nAnd now?"}]
+    assert client.bill.failed == client.bill.unusable == 0
+
+
+def test_a_patient_without_a_system_role_is_the_same_patient(bank, serve):
+    server, client = serve({"refuses": ("system", "max_tokens")}, retries=0)
+    client.check()
+    asked = server.refused
+    play = gx.play(
+        two.BayesDoctor(bank), bank, cases(bank, 4), patient=nine.LLMPatient.of(client)
+    )
+    scripted = gx.play(two.BayesDoctor(bank), bank, cases(bank, 4))
+    assert [e.turns for e in play] == [e.turns for e in scripted]
+    assert server.refused == asked > 0, "`check` has learned it for the patients"
+
+
+@pytest.mark.parametrize("mute", [False, True])
+@pytest.mark.parametrize(
+    "refuses, shape",
+    [
+        (["json_schema"], "json_object"),
+        (["json_schema", "json_object"], "words"),
+        (["json_schema", "json_object", "system", "temperature"], "words"),
+    ],
+)
+def test_a_judge_without_a_json_schema(bank, serve, refuses, shape, mute):
+    server, client = serve({"refuses": refuses, "mute": mute}, retries=0)
+    client.check(nine.Verdict)
+    assert client.ways.shape == shape
+    asked = server.refused
+    assert judged(bank, client) == judged(bank, serve()[1]) != [None, None]
+    assert server.refused == asked <= 5
+
+
+def test_a_judge_that_takes_a_json_schema_and_forgets_it(bank, serve):
+    server, client = serve({"needs_schema": True}, retries=0)
+    assert judged(bank, client) == judged(bank, serve()[1])
+    assert server.requests == 3 and client.bill.unusable == 1
+    assert nine.JUDGE in server.bodies[-1]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    "style", ["parts", "words", "extra", "long reason", "half emoji in JSON"]
+)
+def test_a_paid_verdict_is_not_lost_to_its_form(bank, serve, tmp_path, style):
+    kept = tmp_path / "answers.sqlite"
+    server, client = serve({"style": style}, retries=0, cache=kept)
+    assert judged(bank, client) == judged(bank, serve()[1])
+    assert server.requests == 2 and client.bill.unusable == 0
+    again = eight.ChatServer(base_url=server.url, cache=kept)
+    assert judged(bank, again) == judged(bank, client) and server.requests == 2
+    schema = (
+        nine.Verdict.model_json_schema()
+    )  # verdicts are kept under it, old ones too
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["reason"]["maxLength"] == 300
+
+
+def test_a_verdict_cut_off_in_its_reason_is_read_and_two_are_none(serve):
+    server, client = serve(retries=0)
+    low = '{"diagnosis": 0, "questions": 0, "reason": "'
+    high = low.replace("0", "1", 1)
+    answers = {
+        "cut": high + "so " * 999,
+        "both": f'{low}"}} The doctor wrote {high}"}}',
+        "twice": f'{low}"}}, so: {low}"}}',
+        "number": '{"reason": "' + "x" * 755 + '", "questions": 0, "diagnosis": 0.95}',
+        "inside": f'{{"verdict": {low}"}}}}',
+    }
+    server.answer = lambda body: answers[body["messages"][-1]["content"]]
+    client.settled.add(nine.Verdict)
+    got = dict(zip(answers, client.ask([told(x) for x in answers], nine.Verdict)))
+    scores = {name: verdict and verdict.diagnosis for name, verdict in got.items()}
+    assert scores == {"cut": 1, "both": None, "twice": 0, "number": 0.95, "inside": 0}
+    assert 290 < len(got["cut"].reason) <= 300
+    assert server.requests == 6, (
+        "only the cut figure was asked for again, with more room"
+    )
+
+
+def test_a_model_that_thinks_first_gets_room(serve):
+    server, client = serve({"thinks": 500}, retries=0)
+    assert client.ask([told("a"), told("b")]) == ["yes", "yes"] and server.requests == 3
+    _, lost = serve({"thinks": 100_000}, retries=0)
+    with pytest.raises(RuntimeError, match="thinks less"):
+        lost.check()
+
+
+@pytest.mark.parametrize("style", ["endless", "one word"])
+def test_a_patient_that_does_not_stop_is_cut(bank, serve, style):
+    _, client = serve({"style": style})
+    patient = nine.LLMPatient(bank, gx.make_case(bank, "Gout|canonical|1"), client)
+    said = patient.reply("Do you have a cough?")
+    assert 1_900 < len(said) <= 2_000 and (
+        style != "endless" or said.endswith("cough.")
+    )
+    with pytest.raises(RuntimeError, match="how long an answer may be"):
+        client.check()
+
+
+def test_an_answer_that_was_cut_off_keeps_its_whole_sentences(serve):
+    server, client = serve(retries=0)
+    server.answer = lambda body: "Yes, I have a cough. It is dry. And " + "well " * 999
+    assert client.ask([told("a")]) == ["Yes, I have a cough. It is dry."]
+
+
+def test_half_an_emoji_stops_nothing(bank, serve, tmp_path):
+    kept = tmp_path / "answers.sqlite"
+    server, client = serve({"style": "half emoji"}, retries=0, cache=kept)
+    (e,) = gx.play(two.BayesDoctor(bank), bank, ["Influenza|canonical|1"])
+    e.spoken[0] += " \ud83d"
+    (verdict,) = nine.judge(bank, client, [e])
+    assert verdict.diagnosis == 1
+    questions = [told("How are you \ud83d"), told("Whole: \ud83d\ude00")]
+    assert client.ask(questions) == ["y \ufffdes", "y \ufffdes"]
+    assert server.bodies[-1]["messages"][-1]["content"] == "Whole: \U0001f600"
+    again = eight.ChatServer(base_url=server.url, cache=kept)
+    assert None not in again.ask(questions) and again.bill.stored == 2
+
+
+def test_a_paid_answer_is_in_the_file_before_the_others_come(serve, tmp_path):
+    kept, later = tmp_path / "answers.sqlite", threading.Event()
+    server, client = serve(cache=kept)
+
+    def answer(body):
+        if "slow" in body["messages"][-1]["content"]:
+            later.wait(10)
+        return "yes"
+
+    server.answer = answer
+    everything = [told("quick"), told("slow")]
+    asking = threading.Thread(target=client.ask, args=[everything])
+    asking.start()
+    for _ in range(100):
+        found = eight.AnswerFile(kept).get(
+            [eight.answer_key(client, m, None) for m in everything]
+        )
+        if found:
+            break
+        later.wait(0.05)
+    later.set()
+    asking.join()
+    assert list(found.values()) == ["yes"]
+
+
+def test_an_address_is_told_without_what_is_secret(serve):
+    server, _ = serve()
+    bare = server.url.removesuffix("/v1")
+    for address in (bare, bare.replace("//", f"//me:{SECRET}@")):
+        with pytest.raises(RuntimeError, match="should end with /v1") as error:
+            eight.ChatServer(base_url=address).check()
+        assert SECRET not in str(error.value) and bare in str(error.value)
+    with pytest.raises(RuntimeError, match="begin it with http") as error:
+        eight.ChatServer(base_url=SECRET)
+    assert SECRET not in str(error.value)
+    with pytest.raises(RuntimeError, match="odd characters"):
+        eight.ChatServer(api_key="sk-two\nlines")
+
+
+def test_check_names_what_will_fail(serve, monkeypatch):
+    server, client = serve(retries=0)
+    monkeypatch.setattr(server, "answer", lambda body: "yes")
+    client.check()
+    with pytest.raises(RuntimeError, match="gave no JSON for Verdict"):
+        client.check(nine.Verdict)
+    monkeypatch.setattr(server, "refusal", lambda body: "system")
+    fresh = eight.ChatServer(base_url=server.url)
+    with pytest.raises(RuntimeError, match="roles must alternate") as error:
+        fresh.check()
+    assert fresh.ask([told("a")]) == [None] and fresh.ways == eight.Ways()
+    assert SECRET not in str(error.value) + fresh.bill.last_fault, "it was echoed"
