@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 DATA = Path(__file__).resolve().parent / "data"
 SMOKE = os.environ.get("GRPODX_SMOKE") == "1"  # same code, small sizes: for tests
-MAX_QUESTIONS = 5
+MAX_QUESTIONS, _MAX_REPLY = 5, 2_000  # questions; characters of a reply
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008).
 COLORS = dict(before="#999999", after="#0072B2", bayes="#009E73", random="#E69F00")
 _ENGLISH = json.loads((DATA / "english.json").read_text("utf-8"))  # word lists
@@ -188,8 +188,7 @@ class Lexicon:
         """Names of the symptoms that `text` mentions, in its order; () if none."""
         sentences = re.split(r"(?<=[?.!])\s+", text)
         asked = " ".join(p for p in sentences if p.endswith("?"))
-        own = self._own.get(_key(text))
-        return own or self._find_in(asked) or self._find_in(text)
+        return self._own.get(_key(text)) or self._find_in(asked) or self._find_in(text)
 
     def _find_in(self, text: str) -> tuple[str, ...]:
         said, part, item = [], [], []  # content words; the part of the text that each
@@ -304,8 +303,7 @@ class Bank:
         shared = typical & (typical.sum(0) >= 2)
         shared |= typical & ~shared.any(1, keepdims=True)  # in a part of a bank
         weight = shared * self.listed
-        share = weight / weight.sum(1, keepdims=True)
-        self.complaint_rates = (1 - self.BACKGROUND) * share
+        self.complaint_rates = (1 - self.BACKGROUND) * (weight / weight.sum(1)[:, None])
         self.complaint_rates += self.BACKGROUND / len(self.symptoms)
         said = [(_key(a), d.name) for d in diseases for a in (d.name, *d.aliases)]
         self.spellings = {spelling: name for spelling, name in said if spelling}
@@ -578,7 +576,8 @@ class Consultation(Episode):
         names = (case.case_id, case.disease.name) if case else ("", "")
         super().__init__(*names, budget=max_questions)
         self.bank, self.patient, self.chat = bank, patient, chat
-        self.max_tokens, self.opening = max_tokens, self._cue(patient.opening())
+        self.max_tokens, complaint = max_tokens, patient.opening()[:_MAX_REPLY]
+        self.opening = self._cue(complaint)
         self.evidence = read_evidence(bank, "", self.opening)
         self._known = set(self.evidence)  # what was complained of or asked
         system = system.format(n=max_questions) + (f". {FEEDBACK} " if feedback else "")
@@ -631,7 +630,7 @@ class Consultation(Episode):
             return self._close("no answer")
         if self.truth and self.bank.named_in(reply, self.truth):
             return self._close("leak")
-        reply = self._cue(reply)
+        reply = self._cue(reply[:_MAX_REPLY])
         ids = self.chat.bridge(self.completion_ids, reply) if self.chat else []
         if len(self.completion_ids) + len(ids) >= self.max_tokens:
             return self._close("too long")
@@ -696,9 +695,8 @@ def play(
                 asked = [talk for talk in live if not talk.done]
                 who, said = [t.patient for t in asked], [t.spoken[-1] for t in asked]
                 ask = getattr(who[0], "reply_all", None) if who else None
-                replies = (
-                    ask(who, said) if ask else [p.reply(q) for p, q in zip(who, said)]
-                )
+                one_by_one = (w.reply(x) for w, x in zip(who, said))
+                replies = ask(who, said) if ask else one_by_one
                 for talk, reply in zip(asked, replies, strict=True):
                     talk.answer(reply)
                 bar.update(sum(talk.done for talk in live))

@@ -266,3 +266,12 @@ def test_feedback_is_part_of_one_episodes_instructions(bank):
         assert played[1].system == plain and played[2].system.endswith(" Ask less.")
     with pytest.raises(ValueError, match="feedback"):
         gx.play(doctor, bank, ids, feedback=said[:2])
+
+
+def test_a_reply_that_does_not_end_is_cut(bank, chat):
+    case = gx.make_case(bank, "Influenza|sampled|1")
+    talk = gx.Consultation(bank, gx.ScriptedPatient(bank, case), chat, max_questions=1)
+    talk.hear("Do you have a fever?")
+    talk.answer("fever " * 20_000)
+    assert talk.evidence["fever"] and talk.replies[0].endswith(gx.LAST_TURN)
+    assert len(talk.replies[0]) < 2_100 and len(talk.completion_ids) < 2_100

@@ -338,14 +338,3 @@ def test_the_tiny_doctor_hears_its_sentences_as_before(bank, tiny_tokenizer):
         assert chat.encode(text) == tiny_tokenizer(text, **once)["input_ids"]
     for text in HOSTILE:
         assert not steering & set(chat.encode(text)), text
-
-
-def test_a_very_long_reply_keeps_its_end(chat):
-    reply = "Doctor, it all began when I was a child. " * 2500 + gx.LAST_TURN
-    assert len(reply) > 100_000
-    for ids in (chat.bridge([], reply), chat.prompt("Ask.", reply)):
-        assert len(ids) < three.MAX_REPLY + 400
-        assert gx.LAST_TURN in chat.tokenizer.decode(ids)
-    short = "x" * three.MAX_REPLY
-    assert three.shorten(short) is short
-    assert len(three.shorten(short + "y")) == three.MAX_REPLY
