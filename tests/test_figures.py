@@ -1,5 +1,8 @@
 """The figures in README are those of the stored records."""
 
+import json
+import re
+
 import pytest
 from conftest import ROOT
 
@@ -79,3 +82,46 @@ def test_the_warm_start():
     for x in run["diagnosis"]["gain"]:
         assert percent(x) in said
     assert f"{run['minutes']:.1f} minutes" in said and f"{run['steps']} steps" in said
+
+
+GIVEN = {  # not results
+    "95%": "confidence",
+    "2%": "Bank.BACKGROUND",
+    "10%": "noise",
+    "99.9%": "a tail",
+    "13%": "a scale of 4 bytes for 64 weights of half a byte, rounded",
+    "30%": "the stand-in's share of faults, in the code below it",
+}
+
+
+def numbers(value):
+    """All numbers of a stored record, those in texts included; no curves."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value[:12]
+        return {x for part in parts for x in numbers(part)}
+    if isinstance(value, str):
+        return {float(x) for x in re.findall(r"\d+\.?\d*", value) if len(x) < 12}
+    return {float(value)} if isinstance(value, int | float) else set()
+
+
+def is_recorded(said, known):
+    """Whether a percentage in a text is a known number, or its share, rounded."""
+    digits = len(said.split(".")[1]) if "." in said else 0
+    return any(round(x, digits) == float(said) for x in known)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=str)
+def test_percentages_in_the_text_of_a_notebook_are_recorded(path):
+    """In its own outputs, or in its own record in data/results."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    known = {0.0, 100.0}
+    for record in RESULTS.rglob(f"{path.name.split('_')[0]}_*.json"):
+        known |= numbers(gx.read_json(record))
+    outputs = [o for c in cells for o in c.get("outputs", ())]
+    for o in outputs:
+        texts = [o.get("text", ""), o.get("data", {}).get("text/plain", "")]
+        known |= numbers("".join("".join(text) for text in texts))
+    known |= {100 * x for x in known if 0 <= x <= 1}
+    text = " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    said = set(re.findall(r"(\d+(?:\.\d+)?)%", text)) - {x[:-1] for x in GIVEN}
+    assert not [x for x in sorted(said) if not is_recorded(x, known)], path.name
