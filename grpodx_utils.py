@@ -76,12 +76,12 @@ class BankError(ValueError):
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file; a BankError that names file and line if broken."""
     try:
-        return json.loads(text := Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        what = f"cannot be read ({e.strerror}). Check the path."
+        return json.loads(text := Path(path).read_bytes())  # UTF-8 or 16, marked or not
+    except (OSError, UnicodeDecodeError, RecursionError) as e:
+        what = f"cannot be read ({e}). Check the path, and that it is a text in UTF-8."
     except json.JSONDecodeError as e:
-        what = f"line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}). Often a "
-        what += "comma or a quote is missing just before that place."
+        what = f"line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}). Often a"
+        what += " comma or a quote is missing just before that place."
         what = what if text.strip() else "the file is empty. Restore it."
     raise BankError(f"{path}: {what}")
 
@@ -403,11 +403,11 @@ def make_case(bank: Bank, case_id: str) -> Case:
     each finding by its rate, as Bayes' rule has it (02). noisy: then 1 in 10 flipped.
     ValueError for a malformed id, an unknown disease or mode.
     """
-    name, mode, seed = (case_id.split("|") + ["", ""])[:3]
-    known = name in bank.index and mode in ("sampled", "canonical", "noisy")
-    if not known or not seed.isdigit() or case_id.count("|") != 2:
-        form = "disease|mode|seed: a known disease; sampled, canonical or noisy; digits"
-        raise ValueError(f"case id {case_id!r}: expected {form}.")
+    form = "disease|mode|seed: a known disease; sampled, canonical or noisy; digits"
+    hit = re.fullmatch(r"(.+)\|(sampled|canonical|noisy)\|([0-9]{1,18})", str(case_id))
+    if not hit or hit[1] not in bank.index:
+        raise ValueError(f"case id {case_id!r:.80}: expected {form}.")
+    name, mode, seed = hit.groups()
     row, disease = bank.index[name], bank[name]
     rng = np.random.default_rng([int(seed), zlib.crc32(f"{name}|{mode}".encode())])
     typical, canonical = bank.listed[row] >= 0.5, mode == "canonical"

@@ -206,7 +206,7 @@ def test_withheld_diseases_touch_nothing_that_is_learned(bank, tmp_path, credit)
 
 def test_default_model_and_missing_adapter(tmp_path):
     assert one.default_model()
-    with pytest.raises(FileNotFoundError, match="notebook 04"):
+    with pytest.raises(ValueError, match="notebook 04"):
         one.check_adapter(tmp_path / "nothing")
 
 
