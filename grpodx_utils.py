@@ -39,6 +39,7 @@ MAX_QUESTIONS, _MAX_REPLY = 5, 2_000  # questions; characters of a reply
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008).
 COLORS = dict(before="#999999", after="#0072B2", bayes="#009E73", random="#E69F00")
 _ENGLISH = json.loads((DATA / "english.json").read_text("utf-8"))  # word lists
+_DENY = set(_ENGLISH["speech"]["deny"])
 _SINCE, _MUST_BE = _ENGLISH["since"], _ENGLISH["must_be"]  # onset -> what patients say
 _Share = Annotated[float, Field(strict=True, ge=0, le=1)]  # of a disease's patients
 # For libraries that notebooks import later. Threads that spin slow each other down.
@@ -154,9 +155,8 @@ class Lexicon:
 
     def __init__(self, symptoms: list[Symptom], unknown=(), synonyms=()):
         self.symptoms = {s.name: s for s in symptoms}
-        said = [(t, s.name, t != s.no) for s in symptoms for t in (s.yes, s.no)]
-        said += [(s.complaint, s.name, True) for s in symptoms]
-        self.sentences = {_key(text): (name, present) for text, name, present in said}
+        said = [(s, text) for s in symptoms for text in (s.yes, s.no, s.complaint)]
+        self.sentences = {_key(text): (s.name, text != s.no) for s, text in said}
         self._own = {_key(s.question): (s.name,) for s in symptoms}
         self._head = head = {w: group[0] for group in synonyms for w in group}
         self._kinds = {"": ()} | {s.name: s.kind_of for s in symptoms}
@@ -214,32 +214,23 @@ class Lexicon:
             if near and len(spots) == len(found) == len(phrase):
                 length = sum(len(said[s]) for s in spots)
                 hits.append((across - len(spots), -length, name, spots))
-        return self._choose(sorted(hits), said, part, item)
-
-    def _choose(self, hits, said, part, item) -> tuple[str, ...]:
-        """Keeps the best hits: each with words and a part of the text of its own."""
-        chosen: dict[str, set[int]] = {}
-        for sharing in (False, True):
-            for *_, name, spots in hits:
-                mine, wider = set(spots), self._kinds[name]
-                rivals = {n: c for n, c in chosen.items() if n not in wider or mine < c}
-                own = mine - set().union(*rivals.values())
-                if not sharing:
-                    parts = {part[s] for s in spots}
-                    apart = all(parts - {part[s] for s in c} for c in rivals.values())
-                    fits = apart and own == mine
-                else:  # "bleeding from the gums or the nose"
-                    others = [n for n, c in rivals.items() if c & mine]
-                    known = {w for n in others for w in self._words_of[n]}
-                    theirs = {item[s] for n in others for s in rivals[n] - mine}
-                    new = {s for s in own if not self._alike(said[s]) & known}
-                    fits = others and {item[s] for s in new} - theirs
-                if fits and name not in chosen:
-                    chosen[name] = mine
+        chosen: dict[str, set[int]] = {}  # each with words and a part of its own, or
+        for *_, name, spots in sorted(hits):  # "bleeding from the gums or the nose"
+            mine, wider = set(spots), self._kinds[name]
+            rivals = {n: c for n, c in chosen.items() if n not in wider or mine < c}
+            sharing = [n for n, c in rivals.items() if c & mine]
+            known = {w for n in sharing for w in self._words_of[n]}
+            own = mine.difference(*rivals.values())
+            new = {item[s] for s in own if not self._alike(said[s]) & known}
+            parts = {part[s] for s in mine}
+            apart = all(parts - {part[s] for s in c} for c in rivals.values())
+            theirs = {item[s] for n in sharing for s in rivals[n] - mine}
+            if name not in chosen and (new - theirs if sharing else apart):
+                chosen[name] = mine
         for name in [n for n in chosen if n]:
-            parts = {item[s] for *_, n, c in hits if n == name for s in c}
+            items = {item[s] for *_, n, c in hits if n == name for s in c}
             for wide in self._kinds[name]:
-                if wide in chosen and item[min(chosen[wide])] in parts:
+                if wide in chosen and item[min(chosen[wide])] in items:
                     del chosen[wide]
         return tuple(sorted((n for n in chosen if n), key=lambda n: min(chosen[n])))
 
@@ -467,27 +458,41 @@ class ScriptedPatient:
 
 
 def read_evidence(bank: Bank, question: str, reply: str) -> dict[str, bool]:
-    """What a reply says: {symptom: present}, {} if nothing can be read. The lexicon's
-    sentences are read exactly, others as a yes or no to the question or a statement."""
+    """What a reply says of the patient now: {symptom: present}, {} if nothing can be
+    read. The lexicon's sentences are read exactly, others clause by clause: what is
+    denied (to the end of a list), doubted, over, past, or of other people."""
     lexicon, evidence, rest, lists = bank.lexicon, {}, [], _ENGLISH
     for sentence in re.split(r"(?<=[.!?])\s+", reply):
         if known := lexicon.sentences.get(_key(sentence)):
             evidence[known[0]] = known[1]
         elif words(sentence):
-            rest.append(sentence)
-    negative, cut = False, r",?\s*\b(?:but|and|or)\b|[.!?;,]"
-    for stop, clause in re.findall(rf"(?s)({cut}|^)(.*?)(?={cut}|$)", " . ".join(rest)):
+            rest.append(sentence.lower().replace(", and ", " & "))
+    asked, negative, others = lexicon.find(question) if rest else (), False, False
+    named, run = (), 0  # the clause before: "Fever: no."; items of a list that denies
+    for stop, clause in re.findall(lists["clause"], " . ".join(rest)):
         said, found = words(clause), lexicon.find(clause)
-        goes_on = stop.strip() in lists["list_marks"]  # "no fever, cough or rash"
-        goes_on = goes_on and not set(lists["new_clause"]) & set(said)
-        negative = not set(lists["negative"]).isdisjoint(said) or (negative and goes_on)
-        answer = not found and said[:1] and said[0] in lists["yes"] + lists["no"]
-        if answer:  # to the question
-            found, negative = lexicon.find(question), said[0] in lists["no"]
-        for s in found:
-            evidence.setdefault(s, not negative)
-        negative = negative and not (answer and len(said) < 3)  # "No, just a headache"
-    return {s: v for s, v in evidence.items() if s in bank.column}
+        text, alike = f" {stop} {' '.join(said)} ", lists["speech"].items()
+        has = {k for k, phrases in alike if any(f" {p} " in text for p in phrases)}
+        new = stop not in lists["list_marks"] or (stop == "&" and run < 2)
+        new = new or set(lists["new_clause"]) & {*said[:2]}
+        denied = "deny" in has and "still" not in has
+        negative = denied or "over" in has or (negative and not new)
+        others = "others" in has or (others and not new)
+        told = [(s, _key(p)) for s in found for p in lexicon.symptoms[s].ask if denied]
+        whole = {s for s, p in told if f" {p} " in text and {*p.split()} & _DENY}
+        if not found and "unsure" in has:  # "Not sure, I have no thermometer."
+            evidence = dict.fromkeys(asked) | evidence
+        elif not found and said and not others:  # an answer to the question?
+            short = said[0] in lists["yes"] or set(said) <= set(lists["short_yes"])
+            if (short or "deny" in has) and stop in (":", "?"):
+                evidence |= dict.fromkeys(named, not denied)
+            elif short or {"deny", "still"} & has:
+                evidence = dict.fromkeys(asked, not denied) | evidence
+                negative = negative and len(said) > 2  # "No, just a headache"
+        elif not others and "unsure" not in has:  # "no appetite" is a complaint
+            evidence = {s: not negative or s in whole for s in found} | evidence
+        named, run = found or named, (run + bool(found)) * negative
+    return {s: v for s, v in evidence.items() if s in bank.column and v is not None}
 
 
 # ------------------------------------------------------------- 6. the consultation (03)
@@ -497,13 +502,8 @@ FEEDBACK = "Feedback on your last consultation with this patient:"
 LAST_TURN = "Please give your final diagnosis now."
 _TAGS = re.compile(r"<(/?)\s*(?:reason|reasoning|think|thinking)\s*>", re.I)
 # "Final diagnosis: NAME" where a sentence or line begins; group 2 is a "?" if it asks.
-_FINAL = re.compile(
-    r"(?i)(?:^|(?<=[.!?\n]))[\W_]{0,9}(?:(?:my|the|y?our|doctor:)\s+)?final\s+diagnosis"
-    r"(?:[\s*_`\"]{0,4}(?:is\b|[:=–—→-])|\W{0,3}\n)(?:[^\w.!?]|_){0,9}"
-    r"(.+?)(?:(\?)|[!\n]|\.(?!\w)(?!(?<=\b\w\.)\s+(?-i:[a-z]))|$)"  # not at E. coli
-)
-_WHY = "|".join(_ENGLISH["reasons"])  # what may follow the name
-_REASON = re.compile(rf"(?i);|(?:^|[\s—])[–—(-]?\s?(?:{_WHY})\b")
+_FINAL = re.compile("".join(_ENGLISH["final_diagnosis"]))
+_REASON = re.compile(_ENGLISH["reason"])  # what may follow the name
 # One doctor turn: all of it, what is spoken, hidden thoughts, the diagnosis or None.
 Turn = namedtuple("Turn", "text spoken reasoning diagnosis")
 
@@ -637,7 +637,7 @@ class Consultation(Episode):
         self._append(ids, 0)
         self.replies.append(reply)
         said = read_evidence(self.bank, self.spoken[-1], reply)
-        self.evidence |= {s: v for s, v in said.items() if s not in self.evidence}
+        self.evidence |= said | self.evidence
 
     def step(self, said: str | Sequence[int]) -> None:
         """The doctor speaks, and the patient answers unless that was the end."""

@@ -35,10 +35,11 @@ def test_own_questions_and_answers_are_understood(bank):
 
 
 def test_a_case_id_says_it_all(bank):
+    again = gx.load_bank()
     for mode in ("sampled", "canonical", "noisy"):
         for case_id in gx.sample_cases(bank.names, 30, seed=3, mode=mode):
             case = gx.make_case(bank, case_id)
-            assert case == gx.make_case(gx.load_bank(), case_id)
+            assert case == gx.make_case(again, case_id)
             assert case.complaint in case.findings
             assert case.disease.age[0] <= case.age <= case.disease.age[1]
 
@@ -169,3 +170,54 @@ def test_one_no_counts_for_a_whole_list_and_ends_with_it(bank, answer, present, 
     assert {s for s, yes in said.items() if not yes} == set(
         filter(None, absent.split(", "))
     )
+
+
+FEVER = "Do you have a fever?"
+SAID = [  # (question, reply, what it says)
+    # words that deny
+    ("", "I deny fever, cough or chills.", {"fever": 0, "dry cough": 0, "chills": 0}),
+    ("", "She asked; I denied any rash.", {"rash": 0}),
+    ("", "An absence of nausea, but I am dizzy.", {"nausea": 0, "dizziness": 1}),
+    # the scope of a denial
+    ("", "headache without fever", {"headache": 1, "fever": 0}),
+    ("", "no rash but a terrible headache", {"rash": 0, "headache": 1}),
+    ("", "The fever is gone, but I still have a sore throat.",
+     {"fever": 0, "sore throat": 1}),
+    # a denial that is the complaint, or denies a change
+    ("", "I have no appetite.", {"loss of appetite": 1}),
+    ("", "I have no loss of appetite.", {"loss of appetite": 0}),
+    ("", "My headache won't go away.", {"headache": 1}),
+    ("Do you have a headache?", "It doesn't stop.", {"headache": 1}),
+    # not knowing
+    (FEVER, "Not sure.", {}),
+    (FEVER, "Hard to say, I have no thermometer.", {}),
+    (FEVER, "I don't think so.", {"fever": 0}),
+    (FEVER, "Not that I know of.", {"fever": 0}),
+    # short answers
+    (FEVER, "I do.", {"fever": 1}),
+    (FEVER, "a bit", {"fever": 1}),
+    (FEVER, "Not really", {"fever": 0}),
+    # other people, other times
+    ("", "My mother had a headache and a fever.", {}),
+    ("", "Everyone at home has nausea. I have a rash.", {"rash": 1}),
+    ("", "Years ago I had migraines with nausea.", {}),
+    # lists with signs
+    ("", "no fever, cough, and chills", {"fever": 0, "dry cough": 0, "chills": 0}),
+    ("", "neither nausea nor vomiting", {"nausea": 0, "vomiting": 0}),
+    ("", "Fever: no. Headache: yes.", {"fever": 0, "headache": 1}),
+    # yes or no, and more
+    (FEVER, "No, just a headache", {"fever": 0, "headache": 1}),
+    (FEVER, "Yes, and I feel dizzy.", {"fever": 1, "dizziness": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("question", "reply", "says"), SAID)
+def test_what_people_say(bank, question, reply, says):
+    says = {symptom: bool(present) for symptom, present in says.items()}
+    assert gx.read_evidence(bank, question, reply) == says
+
+
+def test_a_patient_who_does_not_know_denies_nothing(bank):
+    for s in list(bank.lexicon.symptoms.values())[::8]:
+        for reply in ("Not sure.", "I don't know.", "I can't tell.", "Maybe."):
+            assert gx.read_evidence(bank, s.question, reply) == {}, (s.name, reply)
