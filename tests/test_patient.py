@@ -221,3 +221,20 @@ def test_a_patient_who_does_not_know_denies_nothing(bank):
     for s in list(bank.lexicon.symptoms.values())[::8]:
         for reply in ("Not sure.", "I don't know.", "I can't tell.", "Maybe."):
             assert gx.read_evidence(bank, s.question, reply) == {}, (s.name, reply)
+
+
+def test_sentences_and_questions_of_people_who_do_not_know_the_program(bank):
+    """Written for this; those that were not looked at while it was written apart."""
+    folder, right = Path(__file__).parent, {}
+    for x in json.loads((folder / "patient_sentences.json").read_text("utf-8")):
+        read = gx.read_evidence(bank, x["question"], x["reply"]) == x["says"]
+        right.setdefault(("sentences", x["looked_at"]), []).append(read)
+    for x in json.loads((folder / "doctor_questions.json").read_text("utf-8")):
+        found = set(bank.lexicon.find(x["question"])) == set(x["symptoms"])
+        right.setdefault(("questions", x["looked_at"]), []).append(found)
+    for (kind, looked_at), each in right.items():
+        print(
+            f"{kind}, {'' if looked_at else 'not '}looked at: {sum(each)}/{len(each)}"
+        )
+    assert sum(right["sentences", False]) >= 65 and sum(right["questions", False]) >= 49
+    assert sum(right["sentences", True]) >= 403 and sum(right["questions", True]) >= 45
