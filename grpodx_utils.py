@@ -23,12 +23,14 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, Field, StrictInt, ValidationError
-from rapidfuzz import fuzz, process
+from jsonschema import Draft202012Validator, validators
+from jsonschema.exceptions import best_match
+from rapidfuzz import process
 from rapidfuzz.distance import OSA
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
@@ -39,9 +41,10 @@ MAX_QUESTIONS, _MAX_REPLY = 5, 2_000  # questions; characters of a reply
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008).
 COLORS = dict(before="#999999", after="#0072B2", bayes="#009E73", random="#E69F00")
 _ENGLISH = json.loads((DATA / "english.json").read_text("utf-8"))  # word lists
+_PARTS = re.compile(rf"[,;.:?!–—]+|\b(?:{'|'.join(_ENGLISH['joins'])})\b")
 _DENY = set(_ENGLISH["speech"]["deny"])
-_SINCE, _MUST_BE = _ENGLISH["since"], _ENGLISH["must_be"]  # onset -> what patients say
-_Share = Annotated[float, Field(strict=True, ge=0, le=1)]  # of a disease's patients
+_SINCE = _ENGLISH["since"]  # onset -> what patients say
+_SCHEMAS = json.loads((DATA / "schemas.json").read_text("utf-8"))  # for `check`
 # For libraries that notebooks import later. Threads that spin slow each other down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -69,22 +72,29 @@ def notebook(number: str) -> ModuleType:
     return module
 
 
-# ------------------------------------------------------------------- 1. reading files
-class BankError(ValueError):
-    """A file that cannot be used: names the file, the place in it and the mend."""
+# -------------------------------------------------------- 1. reading and checking files
+class InputError(ValueError):
+    """A file or parameter that cannot be used: where, what is wrong, and the mend."""
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; a BankError that names file and line if broken."""
-    try:
-        return json.loads(text := Path(path).read_bytes())  # UTF-8 or 16, marked or not
-    except (OSError, UnicodeDecodeError, RecursionError) as e:
-        what = f"cannot be read ({e}). Check the path, and that it is a text in UTF-8."
+    """The content of a JSON file; an InputError that names file and line if broken."""
+    try:  # UTF-8 or 16, marked or not
+        return json.loads(text := Path(path).read_bytes(), object_pairs_hook=_unique)
     except json.JSONDecodeError as e:
         what = f"line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}). Often a"
         what += " comma or a quote is missing just before that place."
         what = what if text.strip() else "the file is empty. Restore it."
-    raise BankError(f"{path}: {what}")
+    except (OSError, ValueError, RecursionError) as e:
+        what = f"cannot be read ({e}). Check the path, and that it is a text in UTF-8."
+    raise InputError(f"{path}: {what}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        raise ValueError(f"the key '{twice}' comes twice in one object")
+    return dict(pairs)
 
 
 def _write(path: str | Path, text: str) -> Path:
@@ -93,32 +103,53 @@ def _write(path: str | Path, text: str) -> Path:
     return path
 
 
-def _did_you_mean(word: Any, known: list) -> str:
-    near = process.extractOne(str(word), known, score_cutoff=60)
+def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+    near = process.extractOne(str(word), list(known), score_cutoff=60)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-class _Record(BaseModel, frozen=True, extra="forbid"):
-    @classmethod
-    def read(cls, raw: Any, where: str) -> Any:
-        """An instance of `raw`; BankError says the first fault in one sentence."""
+def _is_number(_, x: Any) -> bool:  # JSON's: no truth value, no infinity
+    return type(x) in (int, float) and abs(x) <= sys.float_info.max
+
+
+@lru_cache
+def _checker(kind: str) -> Any:
+    strict = Draft202012Validator.TYPE_CHECKER.redefine("number", _is_number)
+    make = validators.extend(Draft202012Validator, type_checker=strict)
+    return make({**_SCHEMAS[kind], "$defs": _SCHEMAS["$defs"]})
+
+
+def check(raw: Any, kind: str, where: str) -> Any:
+    """`raw`, if it is as data/schemas.json wants this kind; else an InputError."""
+    if (fault := best_match(_checker(kind).iter_errors(raw))) is None:
+        return raw
+    place = [key for key in fault.absolute_path if isinstance(key, str)]
+    here = f"{where}: '{place[-1]}'" if place else where
+    if fault.validator == "required":
+        missing = [k for k in fault.validator_value if k not in fault.instance]
+        raise InputError(f"{here} lacks {', '.join(missing)}. Add it.")
+    if fault.validator == "additionalProperties":
+        key = next(k for k in fault.instance if k not in fault.schema["properties"])
+        mend = _did_you_mean(key, fault.schema["properties"])
+        raise InputError(f"{here} has an unknown key '{key}'.{mend}")
+    what = fault.schema["description"]
+    raise InputError(f"{here}: {fault.instance!r:.60} is not {what}.")
+
+
+def check_parameters(names: Mapping[str, Any]) -> None:
+    """Checks a notebook's parameters (`globals()`) before work is done with them: that
+    each is what data/schemas.json says, and that output folders can be written."""
+    known = _SCHEMAS["parameters"]["properties"]
+    given = check({n: names[n] for n in known if n in names}, "parameters", "Parameter")
+    for name in [n for n in given if n.endswith("_DIR")]:
         try:
-            return cls.model_validate(raw)
-        except ValidationError as e:
-            faults = e.errors()
-        key, inside = (*faults[0]["loc"], None, None)[:2]
-        names = [f.alias or name for name, f in cls.model_fields.items()]
-        if key is None:
-            what = f": expected an object, got {type(raw).__name__}."
-        elif missing := [str(f["loc"][0]) for f in faults if f["type"] == "missing"]:
-            what = f" lacks {', '.join(missing)}. Add it."
-        elif key not in names:
-            what = f" has a key '{key}'.{_did_you_mean(key, names)}"
-        elif key == "symptoms" and inside:
-            what = f": '{inside}' is {faults[0]['input']!r}; use {_MUST_BE['share']}."
-        else:
-            what = f': "{key}" must be {_MUST_BE.get(key, "a text")}.'
-        raise BankError(where + what)
+            Path(given[name]).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=given[name]).close()
+        except OSError as e:
+            what = f"{given[name]!r} cannot be written ({e.strerror})"
+            raise InputError(
+                f"Parameter: '{name}': {what}. Give another folder."
+            ) from e
 
 
 # ------------------------------------------------------------ 2. words to symptoms (02)
@@ -134,23 +165,17 @@ def _key(text: str) -> str:
     return " ".join(words(text))
 
 
-class Symptom(_Record):
-    """How people talk about one symptom (see data/README.md)."""
-
-    name: str = Field(min_length=1)
-    question: str = Field(min_length=1)  # what a doctor asks
-    complaint: str = Field(min_length=1)  # how a patient opens with it
-    yes: str = Field(min_length=1)
-    no: str = Field(min_length=1)
-    ask: tuple[str, ...] = ()  # other words for it in a doctor's question
-    kind_of: tuple[str, ...] = ()  # more general symptoms, not meant when this one is
+# How people talk about one symptom: what a doctor asks; how a patient opens with it;
+# yes and no; other words for it; more general symptoms, not meant when this one is.
+_FIELDS = "name question complaint yes no ask kind_of"
+Symptom = namedtuple("Symptom", _FIELDS, defaults=((), ()))
 
 
 class Lexicon:
     """All symptoms, and the map from free English to them.
 
-    A phrase is meant when all its content words stand close together, each as itself, a
-    synonym, an inflection, or a typo. Longer phrases claim their words first.
+    A phrase is found when all its content words stand close together, each as itself, a
+    synonym, an inflection, or a typo.
     """
 
     def __init__(self, symptoms: list[Symptom], unknown=(), synonyms=()):
@@ -167,12 +192,10 @@ class Lexicon:
         rows = [(n, [w for w in p if w not in small] or p) for n, p in every]
         rows = [(n, dict.fromkeys(p)) for n, p in rows]  # each word once
         self._vocabulary = sorted({w for _, p in rows for w in p} | head.keys())
-        self._phrases = sorted({(n, tuple(head.get(w, w) for w in p)) for n, p in rows})
-        self._by_word, self._words_of = defaultdict(list), defaultdict(set)
-        for i, (name, phrase) in enumerate(self._phrases):
-            self._words_of[name].update(phrase)
+        self._by_word = defaultdict(list)
+        for name, phrase in {(n, tuple(head.get(w, w) for w in p)) for n, p in rows}:
             for w in phrase:
-                self._by_word[w].append(i)
+                self._by_word[w].append((name, phrase))
         self._alike = lru_cache(maxsize=50_000)(self._find_alike)
         self.find = lru_cache(maxsize=50_000)(self._find)
 
@@ -191,48 +214,31 @@ class Lexicon:
         return self._own.get(_key(text)) or self._find_in(asked) or self._find_in(text)
 
     def _find_in(self, text: str) -> tuple[str, ...]:
-        said, part, item = [], [], []  # content words; the part of the text that each
-        joins, items = _ENGLISH["joins"], 0  # stands in; the same, split by "and" only
-        pieces = re.split(rf"([,;.:?!–—]+|\b(?:{'|'.join(joins)})\b)", text)
-        for number, (piece, mark) in enumerate(zip(pieces[::2], pieces[1::2] + [""])):
-            content = [w for w in words(piece) if w not in _ENGLISH["stop_words"]]
-            said += content
-            part += [number] * len(content)
-            item += [items] * len(content)
-            items += mark in joins
-        where = defaultdict(lambda: defaultdict(list))  # phrase -> its words -> spots
-        for spot, word in enumerate(said):
+        # A text has parts, between commas and joining words. Each part means the phrase
+        # that has most words in it; a phrase may reach into the next part ("bleeding
+        # from the gums or the nose").
+        said = [(n, w) for n, p in enumerate(_PARTS.split(text)) for w in words(p)]
+        said = [(n, w) for n, w in said if w not in _ENGLISH["stop_words"]]
+        where = defaultdict(lambda: defaultdict(list))  # phrase -> its words -> places
+        for place, (_, word) in enumerate(said):
             for same in self._alike(word):
-                for i in self._by_word[same]:
-                    where[i][same].append(spot)
+                for phrase in self._by_word[same]:
+                    where[phrase][same].append(place)
         hits = []
-        for i, found in where.items():
-            name, phrase = self._phrases[i]
-            spots = _closest([found[w] for w in found])
-            across = part[spots[-1]] - part[spots[0]]
-            near = spots[-1] - spots[0] + across <= len(phrase) + 2
-            if near and len(spots) == len(found) == len(phrase):
-                length = sum(len(said[s]) for s in spots)
-                hits.append((across - len(spots), -length, name, spots))
-        chosen: dict[str, set[int]] = {}  # each with words and a part of its own, or
-        for *_, name, spots in sorted(hits):  # "bleeding from the gums or the nose"
-            mine, wider = set(spots), self._kinds[name]
-            rivals = {n: c for n, c in chosen.items() if n not in wider or mine < c}
-            sharing = [n for n, c in rivals.items() if c & mine]
-            known = {w for n in sharing for w in self._words_of[n]}
-            own = mine.difference(*rivals.values())
-            new = {item[s] for s in own if not self._alike(said[s]) & known}
-            parts = {part[s] for s in mine}
-            apart = all(parts - {part[s] for s in c} for c in rivals.values())
-            theirs = {item[s] for n in sharing for s in rivals[n] - mine}
-            if name not in chosen and (new - theirs if sharing else apart):
-                chosen[name] = mine
-        for name in [n for n in chosen if n]:
-            items = {item[s] for *_, n, c in hits if n == name for s in c}
-            for wide in self._kinds[name]:
-                if wide in chosen and item[min(chosen[wide])] in items:
-                    del chosen[wide]
-        return tuple(sorted((n for n in chosen if n), key=lambda n: min(chosen[n])))
+        for (name, phrase), found in where.items():
+            near = len(found) == len(phrase) and _closest([*found.values()])
+            if near and len(near) == len(phrase):
+                parts = {said[i][0] for i in near}
+                gap = near[-1] - near[0] + max(parts) - min(parts) - len(phrase)
+                worth = len(phrase) - 1.2 * (len(parts) > 1)  # then the longest text
+                longest = sum(len(said[i][1]) for i in near)
+                hits += [(-worth, -longest, name, parts)] if gap <= 2 else []
+        meant: dict[int, str] = {}  # part -> symptom
+        for *_, name, parts in sorted(hits, key=lambda hit: hit[:3]):
+            for part in parts:
+                if meant.setdefault(part, name) in self._kinds[name]:
+                    meant[part] = name
+        return tuple(dict.fromkeys(name for _, name in sorted(meant.items()) if name))
 
 
 def _inflected(a: str, b: str) -> bool:
@@ -250,24 +256,15 @@ def _closest(spots: list[list[int]]) -> list[int]:
 
 
 # ------------------------------------------------------------- 3. the disease bank (02)
-class Disease(_Record):
-    """One disease; `findings` maps a symptom to the share of patients who report it."""
-
-    name: str = Field(alias="disease_name", pattern=r"^[^|]*[A-Za-zÀ-ÿ0-9][^|]*$")
-    findings: Annotated[
-        dict[str, Literal[True, False] | _Share],
-        AfterValidator(lambda given: {s: float(x) for s, x in given.items() if x}),
-    ] = Field(alias="symptoms", min_length=1)
-    aliases: tuple[str, ...] = ()
-    system: str = Field("other", alias="body_system")
-    icd10: str = ""
-    onset: Literal[*_SINCE] = Field("days", alias="typical_onset")
-    severity: str = "moderate"
-    prevalence: str = "common"
-    red_flags: tuple[str, ...] = ()
-    source: str = ""
-    sex: Literal["", "female", "male"] = ""
-    age: tuple[StrictInt, StrictInt] = (18, 80)  # youngest, oldest
+# One disease of the file (data/README.md); `findings` are {symptom: share of patients}.
+Disease = namedtuple(
+    "Disease",
+    "name findings aliases system icd10 onset severity prevalence red_flags source sex"
+    " age",
+    defaults=((), "other", "", "days", "moderate", "common", (), "", "", (18, 80)),
+)
+# Fields whose name in the file is longer.
+_SHORT = dict(disease_name="name", body_system="system", typical_onset="onset")
 
 
 class Bank:
@@ -320,53 +317,48 @@ def load_bank(
     """Reads and checks a disease bank; `bank["Influenza"].findings` is a mapping.
 
     `source`: a file or a list of diseases as in data/README.md; None is the shipped
-    bank. `lexicon`: how people talk about symptoms. BankError: what is wrong and where.
+    bank. `lexicon`: how people talk about symptoms. InputError: what is wrong, where.
     """
-    lexicon = lexicon if isinstance(lexicon, Lexicon) else _read_lexicon(lexicon)
+    if not isinstance(lexicon, Lexicon):
+        raw = check(read_json(lexicon), "lexicon", str(lexicon))
+        symptoms = [Symptom(name, **entry) for name, entry in raw["symptoms"].items()]
+        lexicon = Lexicon(symptoms, raw.get("unknown", ()), raw.get("synonyms", ()))
     where, records = "this bank", source
     if not isinstance(source, list):
         where = source or DATA / "disease_bank.json"
         records = read_json(where)
     if not isinstance(records, list) or not records:
         what = "expected a non-empty list of diseases. (DDXPlus's files: notebook 02.)"
-        raise BankError(f"{where}: {what}")
+        raise InputError(f"{where}: {what}")
     owner, by_typical = {}, {}  # a name -> disease; its typical findings -> disease
     for number, record in enumerate(records, 1):
         name = record.get("disease_name") if isinstance(record, dict) else None
         here = f"{where}: {name or f'disease {number}'}"
-        disease = Disease.read(record, here)
-        if disease.age[0] > disease.age[1]:
-            raise BankError(f'{here}: "age" must be {_MUST_BE["age"]}.')
-        for symptom in disease.findings:
-            if symptom not in lexicon.symptoms:
-                mend = " Otherwise add it to the lexicon (data/symptoms.json)."
-                mend = _did_you_mean(symptom, list(lexicon.symptoms)) + mend
-                raise BankError(f"{here}: unknown symptom '{symptom}'.{mend}")
-        for spelling in filter(_key, (disease.name, *disease.aliases)):
-            if (first := owner.setdefault(_key(spelling), disease)) is not disease:
-                what = f"the name '{spelling}' is already used by {first.name}"
-                raise BankError(f"{here}: {what}. Remove one of the two, or rename it.")
-        typical = frozenset(s for s, share in disease.findings.items() if share >= 0.5)
-        if (first := by_typical.setdefault(typical, disease)) is not disease:
-            what = f"its typical findings (0.5 or more) are the same as {first.name}'s"
-            raise BankError(f"{here}: {what}. Add a finding that differs.")
+        given = {_SHORT.get(k, k): v for k, v in check(record, "disease", here).items()}
+        found = {s: float(x) for s, x in given.pop("symptoms").items() if x}
+        d, fault = Disease(findings=found, **given), ""
+        typical = frozenset(s for s, share in found.items() if share >= 0.5)
+        if (twin := by_typical.setdefault(typical, d)) is not d:
+            fault = f"its typical findings (0.5 or more) are the same as {twin.name}'s."
+            fault += " Add a finding that differs."
+        for spelling in filter(_key, (d.name, *d.aliases)):
+            if (first := owner.setdefault(_key(spelling), d)) is not d:
+                fault = f"the name '{spelling}' is already used by {first.name}. Remove"
+                fault += " one of the two, or rename it."
+        for symptom in found.keys() - lexicon.symptoms.keys():
+            fault = f"unknown symptom '{symptom}'."
+            fault += _did_you_mean(symptom, lexicon.symptoms)
+            fault += " Otherwise add it to the lexicon (data/symptoms.json)."
+        if d.age[0] > d.age[1]:
+            fault = "'age': give [youngest, oldest] in years."
+        if fault:
+            raise InputError(f"{here}: {fault}")
     for typical, d in by_typical.items():
         if not any(typical & other for other in by_typical if other != typical):
             what = f"{where}: {d.name}: no typical finding is shared with another"
             what += " disease, so its complaint gives it away. Add a shared one."
-            raise BankError(what)
+            raise InputError(what)
     return Bank([*by_typical.values()], lexicon)
-
-
-def _read_lexicon(path: str | Path) -> Lexicon:
-    raw = read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("symptoms"), dict):
-        raise BankError(f'{path}: expected an object with the key "symptoms".')
-    symptoms = []
-    for name, entry in raw["symptoms"].items():
-        entry = {"name": name, **entry} if isinstance(entry, dict) else entry
-        symptoms.append(Symptom.read(entry, f"{path}: symptom '{name}'"))
-    return Lexicon(symptoms, raw.get("unknown", ()), raw.get("synonyms", ()))
 
 
 def split_bank(bank: Bank, withheld=0.2, seed=0) -> tuple[list[str], list[str]]:
@@ -708,7 +700,7 @@ def play(
 # ---------------------------------------------------------- 8. grading and rewards (03)
 def match_disease(bank: Bank, text: str) -> str | None:
     """The disease that a diagnosis names, or None. Aliases count, and typos in a word
-    unless two diseases are about as near. Denials and choices ("flu or a cold") name
+    unless two diseases are as near. Denials and choices ("flu or a cold") name
     nothing; brackets must not contradict the rest."""
     said, hedges, fillers = words(text), set(_ENGLISH["hedges"]), _ENGLISH["fillers"]
     find = bank.spellings.get
@@ -722,17 +714,14 @@ def match_disease(bank: Bank, text: str) -> str | None:
         return outer if agrees else None
     if exact or not said or hedges & set(said):
         return exact
-    near: dict[str, float] = {}
+    near = defaultdict(set)  # typos -> diseases; a quarter of a word may be wrong
     for spelling, name in bank.spellings.items():
-        target = spelling.split()
-        if len(target) == len(said):
-            pairs = [(a, b, min(len(a), len(b)) > 3) for a, b in zip(said, target)]
-            ratios = [fuzz.ratio(a, b) if x else 100.0 * (a == b) for a, b, x in pairs]
-            if min(ratios) >= 80:
-                near[name] = max(near.get(name, 0.0), sum(ratios) / len(ratios))
-    best = max(near.values(), default=0.0)
-    rivals = [name for name, ratio in near.items() if best - ratio < 5]
-    return rivals[0] if len(rivals) == 1 else None
+        if len(target := spelling.split()) == len(said):
+            typos = [OSA.distance(a, b) for a, b in zip(said, target)]
+            if all(wrong <= len(b) // 4 for wrong, b in zip(typos, target)):
+                near[sum(typos)].add(name)
+    nearest = near[min(near, default=0)]
+    return nearest.pop() if len(nearest) == 1 else None
 
 
 # A reward of None: this episode cannot be scored; TRL leaves it out.

@@ -89,7 +89,7 @@ def changed(**changes):
 def test_every_fault_gets_one_clear_error(tmp_path, records, says):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(records))
-    with pytest.raises(gx.BankError) as error:
+    with pytest.raises(gx.InputError) as error:
         gx.load_bank(path)
     assert says in str(error.value) and "mine.json" in str(error.value)
     assert "\n" not in str(error.value)
@@ -102,7 +102,7 @@ def test_unreadable_files(tmp_path, text, says):
     path = tmp_path / "bank.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(gx.BankError, match=says):
+    with pytest.raises(gx.InputError, match=says):
         gx.load_bank(path)
 
 
@@ -116,7 +116,7 @@ def test_true_is_one_false_is_absent(tmp_path):
 def test_lexicon_errors_name_the_symptom(tmp_path):
     path = tmp_path / "symptoms.json"
     path.write_text('{"symptoms": {"fever": {"question": "Fever?"}}}')
-    with pytest.raises(gx.BankError, match="'fever' lacks complaint, yes, no"):
+    with pytest.raises(gx.InputError, match="'fever' lacks complaint, yes, no"):
         gx.load_bank(lexicon=path)
 
 
@@ -132,7 +132,7 @@ def test_a_lexicon_with_a_wrong_key_or_type(tmp_path, extra, says):
     path = tmp_path / "symptoms.json"
     whole = dict(question="Fever?", complaint="I am hot.", yes="Yes.", no="No.")
     path.write_text(json.dumps({"symptoms": {"fever": whole | extra}}))
-    with pytest.raises(gx.BankError, match=says):
+    with pytest.raises(gx.InputError, match=says):
         gx.load_bank(lexicon=path)
 
 

@@ -263,28 +263,28 @@ FAULTS = [
 
 @pytest.mark.parametrize(("name", "path", "value", "message"), FAULTS)
 def test_a_malformed_file_is_one_sentence(tmp_path, name, path, value, message):
-    with pytest.raises(gx.BankError, match=message) as error:
+    with pytest.raises(gx.InputError, match=message) as error:
         load(tmp_path, **change(name, path, value))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_the_release_without_rates_has_its_own_faults(tmp_path):
-    with pytest.raises(gx.BankError, match="c.json: expected a non-empty list"):
+    with pytest.raises(gx.InputError, match="c.json: expected a non-empty list"):
         load(tmp_path, conditions={})
     lone = dict(CONDITIONS, Toux=condition("Toux", "Croup", "E_54", "", "J05"))
-    with pytest.raises(gx.BankError, match='c.json: Croup: "symptoms" must be'):
+    with pytest.raises(gx.InputError, match='c.json: Croup: "symptoms" must be'):
         load(tmp_path, conditions=lone)  # a value alone is no finding
     lone = dict(CONDITIONS, Toux=condition("Toux", "Croup", "", "E_79", "J05"))
-    with pytest.raises(gx.BankError, match="c.json: Croup: no symptom that half"):
+    with pytest.raises(gx.InputError, match="c.json: Croup: no symptom that half"):
         load(tmp_path, conditions=lone)
-    with pytest.raises(gx.BankError, match="DDXPlus"):
+    with pytest.raises(gx.InputError, match="DDXPlus"):
         gx.load_bank(tmp_path / "c.json")
-    with pytest.raises(gx.BankError, match="c.json: not DDXPlus's"):  # swapped
+    with pytest.raises(gx.InputError, match="c.json: not DDXPlus's"):  # swapped
         two.load_ddxplus(tmp_path / "e.json", tmp_path / "c.json")
-    with pytest.raises(gx.BankError, match="disease_bank.json: not DDXPlus's"):
+    with pytest.raises(gx.InputError, match="disease_bank.json: not DDXPlus's"):
         two.load_ddxplus(gx.DATA / "disease_bank.json", tmp_path / "e.json")
-    with pytest.raises(gx.BankError, match="nothing.json: cannot be read"):
+    with pytest.raises(gx.InputError, match="nothing.json: cannot be read"):
         two.load_ddxplus(tmp_path / "c.json", tmp_path / "nothing.json")
     (tmp_path / "e.json").write_text("{")
-    with pytest.raises(gx.BankError, match="e.json: line 1"):
+    with pytest.raises(gx.InputError, match="e.json: line 1"):
         two.load_ddxplus(tmp_path / "c.json", tmp_path / "e.json")

@@ -16,8 +16,8 @@ def outcome(use, *given):
     """ "read", or the sentence that refuses it."""
     try:
         use(*given)
-    except (gx.BankError, ValueError) as error:
-        assert type(error) in (gx.BankError, ValueError), type(error)
+    except (gx.InputError, ValueError) as error:
+        assert type(error) in (gx.InputError, ValueError), type(error)
         said = str(error)
         assert "\n" not in said and 15 < len(said) < 600, said
         assert said.endswith((".", "?", ")")), said
