@@ -17,7 +17,7 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -44,7 +44,7 @@ _ENGLISH = json.loads((DATA / "english.json").read_text("utf-8"))  # word lists
 _PARTS = re.compile(rf"[,;.:?!–—]+|\b(?:{'|'.join(_ENGLISH['joins'])})\b")
 _DENY = set(_ENGLISH["speech"]["deny"])
 _SINCE = _ENGLISH["since"]  # onset -> what patients say
-_SCHEMAS = json.loads((DATA / "schemas.json").read_text("utf-8"))  # for `check`
+_SCHEMAS = json.loads((DATA / "schemas.json").read_text("utf-8"))  # for `_check`
 # For libraries that notebooks import later. Threads that spin slow each other down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -77,10 +77,14 @@ class InputError(ValueError):
     """A file or parameter that cannot be used: where, what is wrong, and the mend."""
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; an InputError that names file and line if broken."""
-    try:  # UTF-8 or 16, marked or not
-        return json.loads(text := Path(path).read_bytes(), object_pairs_hook=_unique)
+def read_json(path: str | Path, lines=False) -> Any:
+    """The content of a JSON file, or of each of its `lines` as a list; an InputError
+    that names file and line if broken."""
+    try:
+        text = Path(path).read_bytes()  # UTF-8 or 16, marked or not
+        if lines:
+            text = b"[" + text.strip().replace(b"\n", b",\n") + b"]"
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as e:
         what = f"line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}). Often a"
         what += " comma or a quote is missing just before that place."
@@ -91,9 +95,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := next((n for n in names if names.count(n) > 1), None):
-        raise ValueError(f"the key '{twice}' comes twice in one object")
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"the key '{name}' comes twice in one object")
     return dict(pairs)
 
 
@@ -114,12 +118,14 @@ def _is_number(_, x: Any) -> bool:  # JSON's: no truth value, no infinity
 
 @lru_cache
 def _checker(kind: str) -> Any:
-    strict = Draft202012Validator.TYPE_CHECKER.redefine("number", _is_number)
+    types = {"number": _is_number, "integer": lambda _, x: type(x) is int}
+    types["array"] = lambda _, x: isinstance(x, list | tuple)
+    strict = Draft202012Validator.TYPE_CHECKER.redefine_many(types)
     make = validators.extend(Draft202012Validator, type_checker=strict)
     return make({**_SCHEMAS[kind], "$defs": _SCHEMAS["$defs"]})
 
 
-def check(raw: Any, kind: str, where: str) -> Any:
+def _check(raw: Any, kind: str, where: str) -> Any:
     """`raw`, if it is as data/schemas.json wants this kind; else an InputError."""
     if (fault := best_match(_checker(kind).iter_errors(raw))) is None:
         return raw
@@ -140,7 +146,9 @@ def check_parameters(names: Mapping[str, Any]) -> None:
     """Checks a notebook's parameters (`globals()`) before work is done with them: that
     each is what data/schemas.json says, and that output folders can be written."""
     known = _SCHEMAS["parameters"]["properties"]
-    given = check({n: names[n] for n in known if n in names}, "parameters", "Parameter")
+    given = _check(
+        {n: names[n] for n in known if n in names}, "parameters", "Parameter"
+    )
     for name in [n for n in given if n.endswith("_DIR")]:
         try:
             Path(given[name]).mkdir(parents=True, exist_ok=True)
@@ -167,8 +175,8 @@ def _key(text: str) -> str:
 
 # How people talk about one symptom: what a doctor asks; how a patient opens with it;
 # yes and no; other words for it; more general symptoms, not meant when this one is.
-_FIELDS = "name question complaint yes no ask kind_of"
-Symptom = namedtuple("Symptom", _FIELDS, defaults=((), ()))
+_WAYS = "name question complaint yes no ask kind_of"
+Symptom = namedtuple("Symptom", _WAYS, defaults=((), ()))
 
 
 class Lexicon:
@@ -193,7 +201,8 @@ class Lexicon:
         rows = [(n, dict.fromkeys(p)) for n, p in rows]  # each word once
         self._vocabulary = sorted({w for _, p in rows for w in p} | head.keys())
         self._by_word = defaultdict(list)
-        for name, phrase in {(n, tuple(head.get(w, w) for w in p)) for n, p in rows}:
+        heads = [(n, tuple(head.get(w, w) for w in p)) for n, p in rows]
+        for name, phrase in dict.fromkeys(heads):
             for w in phrase:
                 self._by_word[w].append((name, phrase))
         self._alike = lru_cache(maxsize=50_000)(self._find_alike)
@@ -257,13 +266,9 @@ def _closest(spots: list[list[int]]) -> list[int]:
 
 # ------------------------------------------------------------- 3. the disease bank (02)
 # One disease of the file (data/README.md); `findings` are {symptom: share of patients}.
-Disease = namedtuple(
-    "Disease",
-    "name findings aliases system icd10 onset severity prevalence red_flags source sex"
-    " age",
-    defaults=((), "other", "", "days", "moderate", "common", (), "", "", (18, 80)),
-)
-# Fields whose name in the file is longer.
+_FIELDS = "name findings aliases system icd10 onset severity prevalence red_flags"
+_USUAL = (), "other", "", "days", "moderate", "common", (), "", "", (18, 80)
+Disease = namedtuple("Disease", f"{_FIELDS} source sex age", defaults=_USUAL)
 _SHORT = dict(disease_name="name", body_system="system", typical_onset="onset")
 
 
@@ -320,7 +325,7 @@ def load_bank(
     bank. `lexicon`: how people talk about symptoms. InputError: what is wrong, where.
     """
     if not isinstance(lexicon, Lexicon):
-        raw = check(read_json(lexicon), "lexicon", str(lexicon))
+        raw = _check(read_json(lexicon), "lexicon", str(lexicon))
         symptoms = [Symptom(name, **entry) for name, entry in raw["symptoms"].items()]
         lexicon = Lexicon(symptoms, raw.get("unknown", ()), raw.get("synonyms", ()))
     where, records = "this bank", source
@@ -334,7 +339,9 @@ def load_bank(
     for number, record in enumerate(records, 1):
         name = record.get("disease_name") if isinstance(record, dict) else None
         here = f"{where}: {name or f'disease {number}'}"
-        given = {_SHORT.get(k, k): v for k, v in check(record, "disease", here).items()}
+        given = {
+            _SHORT.get(k, k): v for k, v in _check(record, "disease", here).items()
+        }
         found = {s: float(x) for s, x in given.pop("symptoms").items() if x}
         d, fault = Disease(findings=found, **given), ""
         typical = frozenset(s for s, share in found.items() if share >= 0.5)
@@ -648,9 +655,9 @@ def save_transcripts(episodes: Sequence[Episode], path: str | Path) -> Path:
 
 
 def load_transcripts(path: str | Path) -> list[Episode]:
-    """Reads what `save_transcripts` wrote."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [Episode(**json.loads(line)) for line in lines]
+    """Reads what `save_transcripts` wrote; an InputError names file and line."""
+    found = enumerate(read_json(path, lines=True), 1)
+    return [Episode(**_check(x, "episode", f"{path}, line {n}")) for n, x in found]
 
 
 # ------------------------------------------------------------------------- 7. play (03)
