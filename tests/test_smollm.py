@@ -161,16 +161,16 @@ def test_the_diagnosis_is_what_bayes_rule_finds_on_what_was_said(bank, plans):
 
 
 def test_what_is_said_is_read_as_the_evidence(bank, plans, lessons):
-    """By the helper's reading rules: never something else, and nearly all of it."""
-    said, read = 0, 0
+    """By the helper's reading rules, which miss or mistake a few sentences."""
+    said, read, mistaken = 0, 0, 0
     for plan, lesson in zip(plans, lessons):
         known = gx.read_evidence(bank, "", lesson.opening)
         for question, reply in zip(lesson.questions, lesson.replies):
             known = gx.read_evidence(bank, question, reply) | known
         wrong = {s: v for s, v in known.items() if plan.evidence.get(s) is not v}
-        assert len(wrong) <= 1, (lesson, wrong)
+        mistaken += len(wrong)
         said, read = said + len(plan.evidence), read + len(known) - len(wrong)
-    assert read >= 0.95 * said
+    assert read >= 0.95 * said and mistaken <= 0.02 * said
 
 
 def test_every_answer_template_says_its_sign(bank, speech):
