@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test train gpu-check notebooks colab-links colab-check clean
+.PHONY: help demo test models train gpu-check notebooks colab-links colab-check clean
 export REPO
 
 help:  ## list the commands
@@ -52,6 +52,9 @@ test: $(VENV)/.installed-tests  ## lint, unit tests, notebook gates, nbval, brow
 	  --nbval-cell-timeout=900 notebooks
 	echo "== the chat in a browser"
 	GRPODX_SMOKE=1 $(BIN)/python -m pytest tests -m browser
+
+models: $(VENV)/.installed  ## fetch SmolLM2-135M-Instruct into runs/models (269 MB)
+	@$(BIN)/python -c 'import grpodx_utils as gx; print(gx.notebook("01").bring_smollm())'
 
 LAUNCH ?= --config_file notebooks/accelerate/ddp.yaml
 train: $(VENV)/.installed  ## notebook 04 on several GPUs: make train LAUNCH="..." ARGS="-p ..."
