@@ -534,7 +534,7 @@ def test_alarms_stay_until_a_new_patient(window):
 
 
 def test_a_crisis_is_not_answered_with_a_misunderstanding(window):
-    window.box.value = "I want to end my life\n"
+    window.box.value = "I want to die\n"
     assert window.state.lines[-1][1] == six.ONLY_A_PROGRAM
     window.box.value = "trains are nice\n"
     assert window.state.lines[-1][1] == six.SORRY
