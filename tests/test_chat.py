@@ -477,10 +477,24 @@ def test_every_listed_name_is_known(bank, alarms):
 
 
 def test_every_red_flag_of_the_bank_warns_or_is_listed(bank, alarms):
-    for flag in {f for d in bank.diseases for f in d.red_flags}:
-        if flag not in alarms.lists["not_alone"]:
-            found = six.read_alarms(bank, alarms, "", f"I have {flag}")
-            assert found["emergency"], flag
+    flags = {f for d in bank.diseases for f in d.red_flags}
+    read = {f: six.read_alarms(bank, alarms, "", f"I have {f}") for f in flags}
+    silent = {f for f, found in read.items() if not found["emergency"]}
+    crisis = {f for f, found in read.items() if found["crisis"]}
+    assert silent <= set(alarms.lists["not_alone"])
+    assert crisis == {f for f in flags if "suicide" in f}
+
+
+def test_the_dangers_do_not_depend_on_the_bank(bank):
+    """An own bank without red flags still warns of the file's dangers."""
+    names = ("Common cold", "Influenza", "Migraine")
+    few = [bank[n].model_copy(update={"red_flags": ()}) for n in names]
+    small = gx.Bank(few, bank.lexicon)
+    alarms = six.load_alarms(small)
+    for message in ("I can't breathe", "a crushing chest pain", "I passed out"):
+        assert six.read_alarms(small, alarms, "", message)["emergency"], message
+    assert six.read_alarms(small, alarms, "", "I want to die")["crisis"]
+    assert not six.read_alarms(small, alarms, "", "confusion")["emergency"]
 
 
 def test_a_message_without_words_is_no_alarm(bank, alarms):
