@@ -50,17 +50,20 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(lab):
-    """The notebook in a browser, with all its cells run."""
+    """A copy of the notebook in a browser, with all its cells run. (JupyterLab saves
+    what it has open, so it does not get the original.)"""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     assert chromium, (
         "install Debian's chromium for this test (apt-get install chromium)"
     )
     from playwright.sync_api import sync_playwright
 
+    (ROOT / "runs").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "notebooks/06_live_chat.ipynb", ROOT / "runs/06_browser.ipynb")
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"{lab}/lab/tree/notebooks/06_live_chat.ipynb?reset")
+        page.goto(f"{lab}/lab/tree/runs/06_browser.ipynb?reset")
         page.wait_for_function("window.jupyterapp !== undefined", timeout=60_000)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
         page.wait_for_timeout(3000)
@@ -91,7 +94,6 @@ def window(page):
 
 def save_picture(window, name):
     shot = ROOT / "runs" / f"{name}.png"
-    shot.parent.mkdir(exist_ok=True)
     window.scroll_into_view_if_needed()
     window.screenshot(path=str(shot))
     assert shot.stat().st_size > 10_000
