@@ -66,7 +66,13 @@ def page(lab):
         page.goto(f"{lab}/lab/tree/runs/06_browser.ipynb?reset")
         page.wait_for_function("window.jupyterapp !== undefined", timeout=60_000)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-        page.wait_for_timeout(3000)
+        # Before its kernel is ready, JupyterLab drops what it is told to run.
+        page.wait_for_function(
+            "window.jupyterapp.shell.currentWidget?.sessionContext?.isReady"
+            " && window.jupyterapp.shell.currentWidget.sessionContext"
+            ".kernelDisplayStatus === 'idle'",
+            timeout=120_000,
+        )
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         find_window(page).wait_for(state="attached", timeout=240_000)
         page.wait_for_timeout(3000)
