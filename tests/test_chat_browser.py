@@ -48,56 +48,152 @@ def lab(tmp_path_factory):
             server.wait(20)
 
 
-def test_a_person_talks_with_the_doctor(lab):
+@pytest.fixture(scope="module")
+def page(lab):
+    """A copy of the notebook in a browser, with all its cells run. (JupyterLab saves
+    what it has open, so it does not get the original.)"""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     assert chromium, (
         "install Debian's chromium for this test (apt-get install chromium)"
     )
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import sync_playwright
 
+    (ROOT / "runs").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "notebooks/06_live_chat.ipynb", ROOT / "runs/06_browser.ipynb")
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"{lab}/lab/tree/notebooks/06_live_chat.ipynb?reset")
+        page.goto(f"{lab}/lab/tree/runs/06_browser.ipynb?reset")
         page.wait_for_function("window.jupyterapp !== undefined", timeout=60_000)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-        page.wait_for_timeout(3000)
+        # Before its kernel is ready, JupyterLab drops what it is told to run.
+        page.wait_for_function(
+            "window.jupyterapp.shell.currentWidget?.sessionContext?.isReady"
+            " && window.jupyterapp.shell.currentWidget.sessionContext"
+            ".kernelDisplayStatus === 'idle'",
+            timeout=120_000,
+        )
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        window = page.locator(
-            ".jp-OutputArea-output", has_text="For real complaints"
-        ).last
-        window.wait_for(state="attached", timeout=240_000)
-        box = window.locator("input[type=text]").first
+        find_window(page).wait_for(state="attached", timeout=240_000)
         page.wait_for_timeout(3000)
-        expect(window).to_contain_text("Not medical advice")
-        expect(window).to_contain_text("What brings you here today?")
-
-        box.fill("I have an itchy skin")
-        box.press("Enter")
-        expect(window).to_contain_text("you: I have an itchy skin", timeout=30_000)
-        expect(window.locator("text=doctor:")).to_have_count(2, timeout=30_000)
-        expect(window).to_contain_text("Belief if it had to decide now")
-        expect(box).to_have_value("", timeout=30_000)  # ready for the next message
-
-        box.fill("yes <b>bold</b>, and a crushing chest pain")
-        window.get_by_role("button", name="Send").click()
-        expect(window).to_contain_text("<b>bold</b>", timeout=30_000)
-        expect(window.locator("text=you:")).to_have_count(2)  # said once, not twice
-        expect(window).to_contain_text("This can be an emergency", timeout=30_000)
-        for _ in range(6):
-            if box.is_disabled():
-                break
-            box.fill("no")
-            box.press("Enter")
-            page.wait_for_timeout(1500)
-        expect(window).to_contain_text("Final diagnosis:", timeout=30_000)
-        window.scroll_into_view_if_needed()
-        shot = ROOT / "runs" / "06_live_chat.png"
-        shot.parent.mkdir(exist_ok=True)
-        window.screenshot(path=str(shot))
-        assert shot.stat().st_size > 10_000
-
-        window.get_by_role("button", name="New patient").click()
-        expect(window.locator("text=doctor:")).to_have_count(1, timeout=30_000)
-        expect(window).not_to_contain_text("This can be an emergency")
+        yield page
         browser.close()
+
+
+def find_window(page):
+    return page.locator(".jp-OutputArea-output", has_text="For real complaints").last
+
+
+@pytest.fixture
+def window(page):
+    """The chat window with a new patient."""
+    from playwright.sync_api import expect
+
+    window = find_window(page)
+    expect(window).to_contain_text("Not medical advice")
+    window.get_by_role("button", name="New patient").click()
+    expect(window.locator("text=doctor:")).to_have_count(1, timeout=30_000)
+    expect(window).to_contain_text("What brings you here today?")
+    expect(window.locator("textarea")).to_have_value("")
+    return window
+
+
+def save_picture(window, name):
+    shot = ROOT / "runs" / f"{name}.png"
+    window.scroll_into_view_if_needed()
+    window.screenshot(path=str(shot))
+    assert shot.stat().st_size > 10_000
+
+
+def test_a_person_talks_with_the_doctor(page, window):
+    from playwright.sync_api import expect
+
+    box = window.locator("textarea")
+    box.fill("I have an itchy skin")
+    box.press("Enter")
+    expect(window).to_contain_text("you: I have an itchy skin", timeout=30_000)
+    expect(window.locator("text=doctor:")).to_have_count(2, timeout=30_000)
+    expect(window).to_contain_text("Belief if it had to decide now")
+    expect(box).to_have_value("", timeout=30_000)  # ready for the next message
+
+    box.fill("yes <b>bold</b>, and a crushing chest pain")
+    window.get_by_role("button", name="Send").click()
+    expect(window).to_contain_text("<b>bold</b>", timeout=30_000)
+    expect(window.locator("text=you:")).to_have_count(2)  # said once, not twice
+    expect(window).to_contain_text("This can be an emergency", timeout=30_000)
+    save_picture(window, "06_red_flag")
+    for _ in range(6):
+        if box.is_disabled():
+            break
+        box.fill("no")
+        box.press("Enter")
+        page.wait_for_timeout(1500)
+    expect(window).to_contain_text("Final diagnosis:", timeout=30_000)
+    save_picture(window, "06_live_chat")
+
+    window.get_by_role("button", name="New patient").click()
+    expect(window.locator("text=doctor:")).to_have_count(1, timeout=30_000)
+    expect(window).not_to_contain_text("This can be an emergency")
+
+
+def test_only_enter_and_send_send(page, window):
+    from playwright.sync_api import expect
+
+    box, mine = window.locator("textarea"), window.locator("text=you:")
+    tick = window.get_by_role("checkbox")
+
+    def nothing_happened(text, said):
+        page.wait_for_timeout(2500)  # long enough for an answer
+        expect(box).to_have_value(text)
+        expect(mine).to_have_count(said)
+
+    box.click()
+    page.keyboard.type("I have a head")
+    tick.click()
+    nothing_happened("I have a head", 0)
+    box.click()
+    page.keyboard.press("End")
+    page.keyboard.type("ache")
+    page.keyboard.press("Tab")
+    nothing_happened("I have a headache", 0)
+    box.click()
+    page.keyboard.press("Enter")  # nothing was typed since the box lost the focus
+    expect(window).to_contain_text("you: I have a headache", timeout=30_000)
+    nothing_happened("", 1)
+
+    box.click()
+    page.keyboard.type("no", delay=0)
+    tick.click()
+    window.get_by_text("Not medical advice").click()
+    nothing_happened("no", 1)
+    window.get_by_role("button", name="Send").click()
+    expect(mine).to_have_count(2, timeout=30_000)
+    nothing_happened("", 2)
+
+    box.click()
+    long = "yes, it has been like this since last Monday"
+    page.keyboard.type(long, delay=0)  # at once, as fast as it goes
+    page.keyboard.press("Enter")
+    expect(window).to_contain_text(f"you: {long}", timeout=30_000)  # no letter lost
+    nothing_happened("", 3)
+    page.keyboard.type("no")
+    window.get_by_role("button", name="Send").click()
+    expect(mine).to_have_count(4, timeout=30_000)
+    nothing_happened("", 4)
+
+
+def test_a_crisis_gets_its_own_calm_notice(window):
+    from playwright.sync_api import expect
+
+    box = window.locator("textarea")
+    box.fill("I’m not suicidal, I have a headache")
+    box.press("Enter")
+    expect(window.locator("text=doctor:")).to_have_count(2, timeout=30_000)
+    expect(window).not_to_contain_text("You are not alone")
+    box.fill("no. I DONT WANT TO LIVE ANY MORE")
+    box.press("Enter")
+    expect(window).to_contain_text("You are not alone", timeout=30_000)
+    for line in ("988", "116 123", "your emergency number"):
+        expect(window).to_contain_text(line)
+    expect(window).not_to_contain_text("This can be an emergency")
+    save_picture(window, "06_crisis")
