@@ -3,8 +3,8 @@
     python tests/bench/free_wording.py --adapter data/smol_doctor_start --cases 200
 
 The same patients twice: with the lexicon's sentences, and with those of
-tests/free_wordings.json, which no training has seen. Prints both accuracies, greedy, and
-the paired difference with its 95% interval.
+tests/free_wordings.json, which no training has seen. Prints both accuracies, greedy,
+and the paired difference with its 95% interval.
 """
 
 import argparse
