@@ -488,7 +488,7 @@ def test_every_red_flag_of_the_bank_warns_or_is_listed(bank, alarms):
 def test_the_dangers_do_not_depend_on_the_bank(bank):
     """An own bank without red flags still warns of the file's dangers."""
     names = ("Common cold", "Influenza", "Migraine")
-    few = [bank[n].model_copy(update={"red_flags": ()}) for n in names]
+    few = [bank[n]._replace(red_flags=()) for n in names]
     small = gx.Bank(few, bank.lexicon)
     alarms = six.load_alarms(small)
     for message in ("I can't breathe", "a crushing chest pain", "I passed out"):
