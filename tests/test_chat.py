@@ -554,6 +554,16 @@ def test_a_crisis_is_not_answered_with_a_misunderstanding(window):
     assert window.state.lines[-1][1] == six.SORRY
 
 
+def test_a_crisis_in_the_middle_is_not_answered_with_a_question(window):
+    window.box.value = "I have a headache\n"
+    asked = window.state.talk.spoken[-1]
+    window.box.value = "no, and I want to kill myself\n"
+    assert window.state.lines[-1][1] == six.ONLY_A_PROGRAM
+    assert "not alone" in window.notice.value
+    window.box.value = "no\n"  # the talk goes on where it was
+    assert window.state.talk.spoken[0] == asked and len(window.state.talk.replies) == 1
+
+
 def test_what_is_typed_is_escaped(window):
     window.box.value = "I have a headache <script>alert(1)</script>\n"
     assert (
