@@ -160,8 +160,12 @@ def test_the_diagnosis_is_what_bayes_rule_finds_on_what_was_said(bank, plans):
         assert not doubted & set(plan.evidence)  # an unsure answer tells nothing
 
 
-def test_what_is_said_is_read_as_the_evidence(bank, plans, lessons):
-    """By the helper's reading rules, which miss or mistake a few sentences."""
+def test_what_is_said_is_read_as_the_evidence(bank, plans):
+    """By the helper's reading rules, which miss or mistake a few sentences of the
+    templates (and more of the free words)."""
+    speech, pick = smol.Speech(bank), random.Random(3)
+    speech.FREE = 0.0
+    lessons = [smol.put_into_words(speech, pick, plan) for plan in plans]
     said, read, mistaken = 0, 0, 0
     for plan, lesson in zip(plans, lessons):
         known = gx.read_evidence(bank, "", lesson.opening)
@@ -213,3 +217,18 @@ def test_no_wording_names_the_patients_disease(bank, plans, lessons):
     for plan, lesson in zip(plans, lessons):
         for text in (lesson.opening, *lesson.replies):
             assert not bank.named_in(text, plan.disease.name), text
+
+
+def test_free_words_are_no_held_out_ones_and_name_no_disease(bank):
+    """tests/free_wordings.json measures what is learnt from data/free_words.json."""
+    free = gx.read_json(gx.DATA / "free_words.json")
+    assert list(free) == bank.symptoms
+    held_out = gx.read_json(gx.DATA.parent / "tests" / "free_wordings.json")
+    key = lambda text: " ".join(gx.words(text))  # noqa: E731
+    held_out = {key(text) for said in held_out.values() for text in said.values()}
+    for symptom, said in free.items():
+        assert set(said) == {"yes", "no", "complaint"}, symptom
+        for text in (t for texts in said.values() for t in texts):
+            assert key(text) and key(text) not in held_out, text
+            assert not any(bank.named_in(text, name) for name in bank.names), text
+        assert min(map(len, said.values())) >= 4, symptom
