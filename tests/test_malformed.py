@@ -162,7 +162,8 @@ def a_parameter(rng):
         "truth_or_none": [0, 1, "true", "None"], "path": [None, 5, "", " ", True, []],
         "path_or_none": [5, "", " ", True, [], 0.5], "texts": NOT_TEXTS,
         "CREDIT": [None, "", "Turn", "episodes", 1], "ROWS": [None, 8, [], [0], ["8"]],
-        "WORKERS": NOT_COUNT[1:], "SEEDS": [None, 0, [], [-1], "0"], "OTHER_SEEDS": ["x", [3], 3],
+        "WORKERS": NOT_COUNT[1:], "SEEDS": [None, 0, [], [-1], "0"],
+        "OTHER_SEEDS": ["x", [3], 3],
         "PRICES": [3, [1], ["1", "2"], [1, -2], [1, 2, 3]],
     }  # fmt: skip
     return WRONG, {name: rng.choice(wrong[kind])}
