@@ -352,7 +352,7 @@ def load_bank(
             if (first := owner.setdefault(_key(spelling), d)) is not d:
                 fault = f"the name '{spelling}' is already used by {first.name}. Remove"
                 fault += " one of the two, or rename it."
-        for symptom in found.keys() - lexicon.symptoms.keys():
+        for symptom in [s for s in found if s not in lexicon.symptoms]:
             fault = f"unknown symptom '{symptom}'."
             fault += _did_you_mean(symptom, lexicon.symptoms)
             fault += " Otherwise add it to the lexicon (data/symptoms.json)."
