@@ -70,6 +70,7 @@ def an_adapter(rng):
 
 NOT_TEXT = [None, 3, True, ["x"], {}, 1.5]
 NOT_TEXTS = [None, 3, "x", [3], [None], {"x": 1}, [["x"]]]
+NEGATIVE = [-0.1, "0", True, float("nan"), [], {}]
 NOT_SHARE = [None, "0.5", -0.1, 1.01, float("nan"), float("inf"), [], {}, "yes", 2, -1]
 NOT_COUNT = [None, -1, 1.5, "3", True, [], {}, float("nan"), 2.0]
 DISEASE = {
@@ -157,7 +158,7 @@ def a_parameter(rng):
         "positive_count_or_none": [*NOT_COUNT[1:], 0], "share": NOT_SHARE,
         "positive": [None, 0, -1, "1e-3", True, float("nan"), float("inf"), []],
         "positive_or_none": [0, -1, "1e-3", True, float("nan"), []],
-        "not_negative": [None, -0.1, "0", True, float("nan"), [], {}],
+        "not_negative": [None, *NEGATIVE], "not_negative_or_none": NEGATIVE,
         "truth": [None, 0, 1, "true", "false", "False", []],
         "truth_or_none": [0, 1, "true", "None"], "path": [None, 5, "", " ", True, []],
         "path_or_none": [5, "", " ", True, [], 0.5], "texts": NOT_TEXTS,

@@ -225,13 +225,14 @@ def has_effect(node):
     """Whether a top-level statement of a definitions cell may do more than define."""
     if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
         return False
-    if not isinstance(node, (ast.Assign, ast.AnnAssign)):
-        return not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.Expr)):
+        return True
     calls = [n.func for n in ast.walk(node.value) if isinstance(n, ast.Call)]
     return any(ast.unparse(call) not in HARMLESS for call in calls)
 
 
 HARMLESS = {"gx.notebook", "torch.cuda.is_available", "dict", "set"}
+HARMLESS.add("os.environ.setdefault")  # for a library that reads it when imported
 HARMLESS.add("'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj'.split")
 
 
