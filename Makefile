@@ -45,10 +45,12 @@ demo: $(VENV)/.installed  ## run notebooks 01 to 06 for real and print what came
 
 test: $(VENV)/.installed-tests  ## lint, unit tests, notebook gates, nbval, browser test
 	@echo "== lint"; $(BIN)/ruff check . ; $(BIN)/ruff format --check .
+	export OMP_NUM_THREADS=1  # two processes, a core each
+	both="-n 2 --dist loadfile"
 	echo "== unit tests and notebook gates"
-	$(BIN)/python -m pytest tests -m "not browser"
+	$(BIN)/python -m pytest $$both tests -m "not browser"
 	echo "== every notebook, small sizes"
-	GRPODX_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	GRPODX_SMOKE=1 $(BIN)/python -m pytest $$both --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=900 notebooks
 	echo "== the chat in a browser"
 	GRPODX_SMOKE=1 $(BIN)/python -m pytest tests -m browser

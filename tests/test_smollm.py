@@ -138,7 +138,12 @@ def test_lessons_are_consultations_token_by_token(bank, smol_chat, lessons):
 
 
 def test_batches_hold_what_write_lesson_writes(smol_chat, speech):
-    batches = smol.Batches(smol_chat, speech, 20, 3, (TURNS, SHARES), 5)
+    def write(rng, pick):
+        plans = smol.draw_plans(rng, speech.bank, 20, TURNS, SHARES)
+        lessons = [smol.put_into_words(speech, pick, plan) for plan in plans]
+        return [smol.write_lesson(smol_chat, lesson) for lesson in lessons]
+
+    batches = smol.Batches(write, 3, 5)
     ids, labels, lengths = batches[2]
     assert (np.diff(lengths) >= 0).all() and lengths.sum() == len(ids) == len(labels)
     assert ((labels == ids) | (labels == -100)).all()
