@@ -1,14 +1,21 @@
-"""SmolLM2-135M-Instruct: how it is fetched, and the lessons of notebook 07b."""
+"""SmolLM2-135M-Instruct: how it is fetched, the lessons of notebooks 07b and 09b, and
+the real model in training and chat."""
 
+import json
+import os
 import random
 import subprocess
+import sys
 
 import grpodx_utils as gx
 import numpy as np
 import pytest
+from conftest import ROOT
 
 one, two, three = (gx.notebook(n) for n in ("01", "02", "03"))
-smol = gx.notebook("07b")
+smol, nine_b = gx.notebook("07b"), gx.notebook("09b")
+import torch
+from peft import load_peft_weights
 from transformers import AutoTokenizer
 
 TURNS, SHARES = 8, (0.2, 0.2, 0.01)
@@ -237,3 +244,111 @@ def test_free_words_are_no_held_out_ones_and_name_no_disease(bank):
             assert key(text) and key(text) not in held_out, text
             assert not any(bank.named_in(text, name) for name in bank.names), text
         assert min(map(len, said.values())) >= 4, symptom
+
+
+# ---------------------------------------------------------------- the patient's lessons
+def test_a_patients_lesson_is_true_readable_and_keeps_the_secret(bank, speech):
+    rng, pick, kinds = np.random.default_rng(4), random.Random(4), set()
+    for _ in range(150):
+        state = rng.bit_generator.state
+        disease, number = bank.names[rng.integers(len(bank.names))], rng.integers(2**31)
+        rng.bit_generator.state = state
+        case = gx.make_case(bank, f"{disease}|sampled|{number}")
+        talk = nine_b.draw_talk(speech, rng, pick, 10)
+        assert f"{case.age} years old" in talk.system and case.since in talk.system
+        assert not bank.named_in(talk.system, disease)
+        for question, answer in talk.exchanges:
+            assert nine_b.is_true(bank, case, question, answer), (question, answer)
+            assert not bank.named_in(answer, disease)
+            asked = bank.lexicon.find(question)
+            kinds.add(asked and asked[0] in case.findings)
+    assert kinds == {True, False, ()}
+
+
+def test_untrue_answers_are_found(bank):
+    case = gx.make_case(bank, "Influenza|sampled|3")
+    have, lack = sorted(case.findings)[0], sorted({*bank.symptoms} - case.findings)[0]
+    said = bank.lexicon.symptoms
+    for question, answer in (
+        (said[have].question, said[have].no),
+        (said[lack].question, "Yes."),
+        (said[lack].question, "Why do you ask?"),
+        ("How old are you?", f"I am {case.age + 1} years old."),
+        ("When did it start?", "It began on Mars."),
+        ("Where do you live?", "In Berlin."),
+    ):
+        assert not nine_b.is_true(bank, case, question, answer), (question, answer)
+
+
+def test_a_patient_in_play_has_the_tokens_of_its_lesson(bank, smol_chat, speech):
+    class Lines:
+        chat = smol_chat
+
+        def __call__(self, talks):
+            return [smol_chat.encode(next(lines)) + smol_chat.end_ids for _ in talks]
+
+    talk = nine_b.draw_talk(speech, np.random.default_rng(5), random.Random(5), 8)
+    lines = iter([answer for _, answer in talk.exchanges])
+    patient = nine_b.ModelPatient(bank, gx.make_case(bank, "Gout|sampled|1"), Lines())
+    for question, answer in talk.exchanges:
+        assert patient.reply(question) == answer
+    mine = patient.messages[0]["content"], patient.opening(), talk.exchanges
+    ids, mask = nine_b.write_talk(smol_chat, nine_b.Talk(*mine))
+    assert ids == patient.ids + patient.said
+    trained = [i for i, ours in zip(ids, mask) if ours]
+    spoken = [smol_chat.encode(a) + smol_chat.end_ids for _, a in talk.exchanges]
+    assert trained == sum(spoken, [])
+
+
+# ----------------------------------------------------------------------- the real model
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """Notebook 04 with the real model: two GRPO steps of 16 episodes."""
+    place = tmp_path_factory.mktemp("grpo")
+    given = {"MODEL_NAME": folder, "OUTPUT_DIR": place, "MAX_STEPS": 2}
+    given |= {"BATCH_SIZE": 16, "TEST_CASES": 2, "MAX_QUESTIONS": 1, "SAVE_STEPS": 2}
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar"]
+    command += ["--no-log-output", "notebooks/04_grpo_training.ipynb"]
+    command += [str(place / "out.ipynb")]
+    for key, value in given.items():
+        command += ["-p", key, str(value)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return place
+
+
+def test_the_real_model_learns_by_grpo_and_its_adapter_is_small(trained):
+    result = json.loads((trained / "results.json").read_text())
+    assert result["steps"] == 2 and len(result["curve"]) == 2
+    files = [f for f in (trained / "adapter").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 12e6
+    assert not (trained / "adapter" / "ref").exists()
+    start = load_peft_weights(str(gx.DATA / "smol_doctor_start"), device="cpu")
+    after = load_peft_weights(str(trained / "adapter"), device="cpu")
+    assert start.keys() == after.keys()
+    assert {w.dtype for w in after.values()} == {torch.bfloat16}
+    assert any((start[name] != after[name]).any() for name in start), "it learned"
+
+
+def test_the_real_model_chats(bank, trained):
+    six, four = gx.notebook("06"), gx.notebook("04")
+    model, tokenizer = one.load_doctor(adapter=trained / "adapter")
+    one.FastLanguageModel.for_inference(model)
+    chat = three.ChatTokens(tokenizer)
+    doctor = four.make_doctor(model, chat, 0.0, 32)
+    alarms = six.load_alarms(bank)
+    setup = six.ChatSetup(bank, alarms, doctor, chat, False, max_questions=1)
+    state = six.send(setup, six.ChatState(), "My head is killing me and I feel sick.")
+    state = six.send(setup, state, "No, not really.")
+    assert [who for who, *_ in state.lines] == ["doctor", "you"] * 2 + ["doctor"]
+    assert state.talk.done and state.lines[-1][1].startswith("Final diagnosis:")
+
+
+def test_unsloths_slow_short_cuts_are_off():
+    assert os.environ["UNSLOTH_GRPO_SEQ_PACKING"] == "0"
+    assert os.environ["UNSLOTH_GRPO_PREFIX_GROUPER"] == "0"
+    if torch.cuda.is_available():  # without a GPU this module is not in use
+        from unsloth.models import rl_replacements
+
+        assert not rl_replacements.UNSLOTH_GRPO_SEQ_PACKING_ON
+        assert not rl_replacements.UNSLOTH_GRPO_PREFIX_GROUPER_ON
