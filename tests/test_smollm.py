@@ -258,26 +258,42 @@ def test_a_patients_lesson_is_true_readable_and_keeps_the_secret(bank, speech):
         assert f"{case.age} years old" in talk.system and case.since in talk.system
         assert not bank.named_in(talk.system, disease)
         for question, answer in talk.exchanges:
-            assert nine_b.is_true(bank, case, question, answer), (question, answer)
-            assert not bank.named_in(answer, disease)
             asked = bank.lexicon.find(question)
-            kinds.add(asked and asked[0] in case.findings)
-    assert kinds == {True, False, ()}
+            assert nine_b.is_true(bank, case, question, answer, asked), question
+            assert not bank.named_in(answer, disease)
+            kind = asked and asked[0] in case.findings
+            kinds.add(kind if asked else nine_b.kind_of(question))
+    assert kinds == {True, False, "age", "sex", "since", "unknown"}
 
 
-def test_untrue_answers_are_found(bank):
+def test_true_and_untrue_answers_are_told_apart(bank):
     case = gx.make_case(bank, "Influenza|sampled|3")
     have, lack = sorted(case.findings)[0], sorted({*bank.symptoms} - case.findings)[0]
-    said = bank.lexicon.symptoms
-    for question, answer in (
-        (said[have].question, said[have].no),
-        (said[lack].question, "Yes."),
-        (said[lack].question, "Why do you ask?"),
-        ("How old are you?", f"I am {case.age + 1} years old."),
-        ("When did it start?", "It began on Mars."),
-        ("Where do you live?", "In Berlin."),
-    ):
-        assert not nine_b.is_true(bank, case, question, answer), (question, answer)
+    said, age = bank.lexicon.symptoms, case.age
+    mine, other = ("woman", "man") if case.sex == "female" else ("man", "woman")
+    days = {"days": "It started 2 days ago."} if "two days" in case.since else {}
+    sure = (
+        (said[have].question, said[have].no, (have,), False),
+        (said[have].question, said[have].yes, (have,), True),
+        (said[lack].question, "Yes.", (lack,), False),
+        (said[lack].question, "No, not at all.", (lack,), True),
+        (said[lack].question, "Why do you ask?", (lack,), False),
+        ("How old are you?", f"I'm {age}, doctor.", (), True),
+        ("How old are you?", f"I am {age + 1} years old.", (), False),
+        ("How old are you?", f"I am not {age}.", (), False),
+        ("How old are you?", f"I am 1{age} years old.", (), False),
+        ("Are you male or female?", f"I am a {mine}.", (), True),
+        ("Are you male or female?", f"I am a {other}.", (), False),
+        ("When did it start?", case.since, (), True),
+        ("When did it start?", "It began on Mars.", (), False),
+        ("Where do you live?", "I'm not sure, doctor.", (), True),
+        ("Where do you live?", "In Berlin.", (), False),
+        ("Do you know Rome?", "Yes.", (), False),
+        *(("When did it start?", text, (), True) for text in days.values()),
+    )
+    for question, answer, symptoms, true in sure:
+        told = nine_b.is_true(bank, case, question, answer, symptoms)
+        assert told == true, (question, answer)
 
 
 def test_a_patient_in_play_has_the_tokens_of_its_lesson(bank, smol_chat, speech):
