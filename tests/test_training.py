@@ -435,3 +435,17 @@ def test_a_run_without_any_signal_rings_the_alarm(monkeypatch, capsys):
     assert "ALARM" not in capsys.readouterr().out
     trainer._generate_and_score_completions([])
     assert "ALARM" in capsys.readouterr().out
+
+
+def test_the_kl_reference_is_the_adapter_before_training():
+    model, _ = one.load_doctor(adapter=gx.DATA / "tiny_doctor_grpo")
+    four.add_reference(model)
+    weights = dict(model.named_parameters())
+    mine = [name for name in weights if ".default." in name]
+    pairs = [(weights[n], weights[n.replace(".default.", ".ref.")]) for n in mine]
+    assert pairs and model.active_adapter == "default"
+    assert all(torch.equal(now, ref) for now, ref in pairs)
+    assert all(now.requires_grad and not ref.requires_grad for now, ref in pairs)
+    with torch.no_grad():
+        pairs[0][0].add_(1)
+    assert not torch.equal(*pairs[0]), "a copy"

@@ -173,6 +173,8 @@ def make_trainer(folder, micro):
         callbacks=[Stopwatch()],
     )
     trainer.credit = four.make_credit(school, args.group)
+    if args.kl and "ref" not in model.peft_config:
+        four.add_reference(model)
     trainer.generation_config.max_new_tokens = args.turn_tokens
     return trainer
 
