@@ -1,10 +1,14 @@
-"""Notebook 06: which messages show a notice. The examples came before the phrases."""
+"""Notebooks 05b and 06: which messages show a notice (the examples came before the
+phrases), and the chat without a browser."""
+
+import threading
+import time
 
 import grpodx_utils as gx
 import numpy as np
 import pytest
 
-six = gx.notebook("06")
+six, flags = gx.notebook("06"), gx.notebook("05b")
 
 CRISIS = """
 I want to end my life
@@ -435,12 +439,12 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def alarms(bank):
-    return six.load_alarms(bank)
+    return flags.load_alarms(bank)
 
 
 @pytest.mark.parametrize("message, kinds", EXAMPLES)
 def test_what_a_message_warns_of(bank, alarms, message, kinds):
-    found = six.read_alarms(bank, alarms, "", message)
+    found = flags.read_alarms(bank, alarms, "", message)
     assert {kind for kind, reasons in found.items() if reasons} == kinds, found
 
 
@@ -464,7 +468,7 @@ def test_enough_examples_of_every_kind():
     ],
 )
 def test_an_answer_is_read_with_its_question(bank, alarms, question, answer, kind):
-    found = six.read_alarms(bank, alarms, question, answer)
+    found = flags.read_alarms(bank, alarms, question, answer)
     assert {k for k, reasons in found.items() if reasons} == {kind} - {""}
 
 
@@ -477,12 +481,12 @@ def test_every_listed_name_is_known(bank, alarms):
 
 
 def test_every_red_flag_of_the_bank_warns_or_is_listed(bank, alarms):
-    flags = {f for d in bank.diseases for f in d.red_flags}
-    read = {f: six.read_alarms(bank, alarms, "", f"I have {f}") for f in flags}
+    names = {f for d in bank.diseases for f in d.red_flags}
+    read = {f: flags.read_alarms(bank, alarms, "", f"I have {f}") for f in names}
     silent = {f for f, found in read.items() if not found["emergency"]}
     crisis = {f for f, found in read.items() if found["crisis"]}
     assert silent <= set(alarms.lists["not_alone"])
-    assert crisis == {f for f in flags if "suicide" in f}
+    assert crisis == {f for f in names if "suicide" in f}
 
 
 def test_the_dangers_do_not_depend_on_the_bank(bank):
@@ -490,85 +494,242 @@ def test_the_dangers_do_not_depend_on_the_bank(bank):
     names = ("Common cold", "Influenza", "Migraine")
     few = [bank[n]._replace(red_flags=()) for n in names]
     small = gx.Bank(few, bank.lexicon)
-    alarms = six.load_alarms(small)
+    alarms = flags.load_alarms(small)
     for message in ("I can't breathe", "a crushing chest pain", "I passed out"):
-        assert six.read_alarms(small, alarms, "", message)["emergency"], message
-    assert six.read_alarms(small, alarms, "", "I want to die")["crisis"]
-    assert not six.read_alarms(small, alarms, "", "confusion")["emergency"]
+        assert flags.read_alarms(small, alarms, "", message)["emergency"], message
+    assert flags.read_alarms(small, alarms, "", "I want to die")["crisis"]
+    assert not flags.read_alarms(small, alarms, "", "confusion")["emergency"]
 
 
 def test_a_message_without_words_is_no_alarm(bank, alarms):
     for message in ("", "...", "??", "🙂", "\n", "’"):
-        assert six.read_alarms(bank, alarms, "", message) == {
+        assert flags.read_alarms(bank, alarms, "", message) == {
             "crisis": [],
             "emergency": [],
         }
 
 
 def test_one_typing_error_but_no_other_small_word():
-    assert six.sounds_like(["kill"], "kil", set())
-    assert six.sounds_like(["cant"], "can", set())
-    assert not six.sounds_like(["cant"], "can", {"can"})
-    assert not six.sounds_like(["die"], "diet", set())
-    assert not six.sounds_like(["myself"], "yourself", set())
+    assert flags.sounds_like(["kill"], "kil", set())
+    assert flags.sounds_like(["cant"], "can", set())
+    assert not flags.sounds_like(["cant"], "can", {"can"})
+    assert not flags.sounds_like(["die"], "diet", set())
+    assert not flags.sounds_like(["myself"], "yourself", set())
 
 
 @pytest.fixture
 def window(bank, alarms):
     """A window with a doctor that asks the same, and an even belief."""
-    setup = six.ChatSetup(bank, alarms, lambda talks: ["Do you have a fever?"])
+    setup = six.ChatSetup(bank, alarms, Parrot())
     return six.ChatWindow(setup, lambda talk: np.full(len(bank.names), 0.01))
+
+
+class Parrot:
+    """A doctor that always asks the same, a word at a time; `pause` holds it up."""
+
+    said, watch = "Do you have a fever?", None
+
+    def __init__(self):
+        self.pause = threading.Event()
+        self.pause.set()
+
+    def __call__(self, talks):
+        for word in self.said.split():
+            self.pause.wait(20)
+            if self.watch:
+                self.watch([f" {word}"])
+        return [self.said] * len(talks)
+
+
+def type_in(window, message):
+    window.box.value = f"{message}\n"
+    window.wait()
+
+
+def press(window, name):
+    window.buttons[name].click()
+    window.wait()
+
+
+def who_spoke(window):
+    return [who for who, *_ in window.state.lines]
 
 
 def test_only_a_line_break_or_send_sends(window):
     window.box.value = "I have a headache"
     window.reasoning.value = True
     assert window.box.value == "I have a headache" and len(window.state.lines) == 1
-    window.box.value += "\n"
+    type_in(window, window.box.value)
     assert window.box.value == "" and len(window.state.lines) == 3
     window.box.value = "no"
-    window.send_button.click()
-    assert [who for who, *_ in window.state.lines][1:] == ["you", "doctor"] * 2
-    window.box.value = " \n"  # only Enter
-    window.send_button.click()
+    press(window, "Send")
+    assert who_spoke(window)[1:] == ["you", "doctor"] * 2
+    type_in(window, " ")  # only Enter
+    press(window, "Send")
     assert window.box.value == "" and len(window.state.lines) == 5
 
 
 def test_alarms_stay_until_a_new_patient(window):
     for message in ("I want to die and I have a headache", "no"):
-        window.box.value = message + "\n"
+        type_in(window, message)
     assert "988" in window.notice.value and "116 123" in window.notice.value
     assert "This can be an emergency" not in window.notice.value
-    window.box.value = "and I cough up <b>blood</b>\n"
+    type_in(window, "and I cough up <b>blood</b>")
     assert window.notice.value.index("988") < window.notice.value.index(
         "emergency.</b>"
     )
-    window.new_button.click()
+    press(window, "New patient")
     assert window.notice.value == "" and window.state == six.ChatState()
 
 
 def test_a_crisis_is_not_answered_with_a_misunderstanding(window):
-    window.box.value = "I want to die\n"
+    type_in(window, "I want to die")
     assert window.state.lines[-1][1] == six.ONLY_A_PROGRAM
-    window.box.value = "trains are nice\n"
+    type_in(window, "trains are nice")
     assert window.state.lines[-1][1] == six.SORRY
 
 
 def test_a_crisis_in_the_middle_is_not_answered_with_a_question(window):
-    window.box.value = "I have a headache\n"
+    type_in(window, "I have a headache")
     asked = window.state.talk.spoken[-1]
-    window.box.value = "no, and I want to kill myself\n"
+    type_in(window, "no, and I want to kill myself")
     assert window.state.lines[-1][1] == six.ONLY_A_PROGRAM
     assert "not alone" in window.notice.value
-    window.box.value = "no\n"  # the talk goes on where it was
+    type_in(window, "no")  # the talk goes on where it was
     assert window.state.talk.spoken[0] == asked and len(window.state.talk.replies) == 1
 
 
 def test_what_is_typed_is_escaped(window):
-    window.box.value = "I have a headache <script>alert(1)</script>\n"
+    type_in(window, "I have a headache <script>alert(1)</script>")
     assert (
         "<script>" not in window.lines.value and "&lt;script&gt;" in window.lines.value
     )
+
+
+def test_an_emergency_stops_the_talk_until_it_is_confirmed(window):
+    confirm = window.buttons["I have read this, go on"]
+    assert confirm.layout.display == "none"
+    type_in(window, "I have a crushing chest pain")
+    assert who_spoke(window) == ["doctor", "you"] and confirm.layout.display == ""
+    assert window.buttons["Send"].disabled and "emergency.</b>" in window.notice.value
+    type_in(window, "no")  # not taken, not lost
+    assert window.box.value == "no\n" and who_spoke(window) == ["doctor", "you"]
+    window.box.value = ""
+    confirm.click()
+    window.wait()
+    assert who_spoke(window) == ["doctor", "you", "doctor"]
+    type_in(window, "no")  # the same alarm does not stop it again
+    assert len(window.state.lines) == 5 and "emergency.</b>" in window.notice.value
+
+
+def test_one_press_answers_and_undo(window):
+    assert window.buttons["Yes"].layout.display == "none"
+    press(window, six.EXAMPLES[0])
+    first = window.state.talk.ids, window.state.lines
+    press(window, "Yes")
+    assert (
+        window.state.talk.evidence["fever"] is True and "2 of" in window.progress.value
+    )
+    press(window, "Undo")
+    assert "fever" not in window.state.talk.evidence
+    assert (window.state.talk.ids, window.state.lines) == first
+    press(window, "No")
+    assert window.state.talk.evidence["fever"] is False
+    for _ in range(2):
+        press(window, "Undo")
+    assert window.state == six.ChatState() and window.buttons["Undo"].disabled
+    type_in(window, "I have a headache and I want to die")
+    press(window, "Undo")
+    assert "988" in window.notice.value  # a crisis is not taken back
+
+
+def test_a_long_talk_ends_with_a_card(bank, window):
+    doctor = window.setup.doctor
+    press(window, "My skin is itchy.")
+    for name in ("No", "Not sure", "Yes"):
+        press(window, name)
+    doctor.said = "Final diagnosis: Scabies"
+    press(window, "No")
+    assert "The end" in window.progress.value and window.box.disabled
+    for words in ("<b>Scabies</b>", "for it: itching", "else: ", "Not medical advice"):
+        assert words in window.lines.value, words
+    press(window, "Undo")  # even the last answer
+    assert not window.box.disabled and "<b>Scabies</b>" not in window.lines.value
+
+
+def test_what_a_finding_adds(bank):
+    evidence = {"itching": True, "fever": False}
+    told = six.weigh_evidence(bank, evidence, "Scabies")
+    two, column = gx.notebook("02"), bank.index["Scabies"]
+    whole, rest = two.belief(bank, [evidence, {"fever": False}])[:, column]
+    assert told[0][1:] == ("itching", True) and np.isclose(told[0][0], whole - rest)
+
+
+@pytest.fixture
+def slow(bank, alarms):
+    """A window whose doctor waits until `pause` is set."""
+    setup = six.ChatSetup(bank, alarms, Parrot())
+    window = six.ChatWindow(setup, None, own_belief=False)
+    window.setup.doctor.pause.clear()
+    yield window
+    window.setup.doctor.pause.set()
+    window.wait()
+
+
+def test_words_appear_as_they_are_said(slow):
+    seen, old = [], six.draw_lines
+    slow.lines.observe(lambda change: seen.append(change["new"]), "value")
+    slow.box.value = "I have a headache\n"
+    assert slow.buttons["Send"].disabled and not slow.buttons["Stop"].layout.display
+    slow.setup.doctor.pause.set()
+    slow.wait()
+    assert any("Do you have …" in text for text in seen)
+    assert "Do you have a fever?" in seen[-1] and "…" not in seen[-1]
+    assert not slow.buttons["Send"].disabled and slow.buttons["Stop"].layout.display
+    assert slow.setup.doctor.watch is None and old is six.draw_lines
+
+
+def test_stop_gives_the_message_back(slow):
+    slow.setup.doctor.pause.set()
+    type_in(slow, "I have a headache")
+    before = slow.state.lines
+    slow.setup.doctor.pause.clear()
+    slow.box.value = "no, my head only\n"
+    slow.buttons["Stop"].click()
+    slow.setup.doctor.pause.set()
+    slow.wait()
+    assert slow.box.value == "no, my head only" and slow.state.lines == before
+    press(slow, "Send")
+    assert len(slow.state.lines) == len(before) + 2
+    assert len(slow.state.talk.replies) == 1
+
+
+def test_many_clicks_send_once(slow):
+    slow.box.value = "I have a headache"
+    for _ in range(50):
+        slow.buttons["Send"].click()
+    slow.box.value = "no\n"  # typed while the doctor speaks: sent afterwards
+    for name in ("New patient", "Undo", "Yes"):
+        slow.buttons[name].click()
+    slow.setup.doctor.pause.set()
+    for _ in range(200):
+        slow.wait()
+        if len(slow.state.lines) == 5:
+            break
+        time.sleep(0.02)
+    said = [text for who, text, _ in slow.state.lines if who == "you"]
+    assert said == ["I have a headache", "no"] and slow.box.value == ""
+
+
+def test_a_doctor_that_fails_loses_nothing(window, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args))
+    type_in(window, "I have a headache")
+    before = window.state.lines
+    monkeypatch.setattr(Parrot, "__call__", lambda *_: 1 / 0)
+    type_in(window, "no")
+    assert window.box.value == "no" and window.state.lines == before
+    assert shown[0].exc_type is ZeroDivisionError  # and it is told
 
 
 STROKE = ("facial droop", "slurred speech", "one-sided weakness")
@@ -576,5 +737,5 @@ STROKE = ("facial droop", "slurred speech", "one-sided weakness")
 
 def test_a_likely_emergency_warns(bank):
     evidence = dict.fromkeys(STROKE, True)
-    assert six.likely_emergencies(bank, evidence) == ["Stroke is likely"]
-    assert six.likely_emergencies(bank, {"itching": True}) == []
+    assert flags.likely_emergencies(bank, evidence) == ["Stroke is likely"]
+    assert flags.likely_emergencies(bank, {"itching": True}) == []

@@ -352,7 +352,7 @@ def test_the_real_model_chats(bank, trained):
     one.FastLanguageModel.for_inference(model)
     chat = three.ChatTokens(tokenizer)
     doctor = four.make_doctor(model, chat, 0.0, 32)
-    alarms = six.load_alarms(bank)
+    alarms = gx.notebook("05b").load_alarms(bank)
     setup = six.ChatSetup(bank, alarms, doctor, chat, False, max_questions=1)
     state = six.send(setup, six.ChatState(), "My head is killing me and I feel sick.")
     state = six.send(setup, state, "No, not really.")
