@@ -91,7 +91,8 @@ def window(page):
 
     window = find_window(page)
     expect(window).to_contain_text("Not medical advice")
-    window.get_by_role("button", name="New patient").click()
+    wait_for_the_doctor(window)
+    button(window, "New patient").click()
     expect(window.locator("text=doctor:")).to_have_count(1, timeout=30_000)
     expect(window).to_contain_text("What brings you here today?")
     expect(window.locator("textarea")).to_have_value("")
@@ -105,6 +106,17 @@ def save_picture(window, name):
     assert shot.stat().st_size > 10_000
 
 
+def button(window, name):
+    return window.get_by_role("button", name=name, exact=True)
+
+
+def wait_for_the_doctor(window):
+    """Until the doctor has spoken and another message can be sent."""
+    from playwright.sync_api import expect
+
+    expect(button(window, "Stop")).to_be_hidden(timeout=30_000)
+
+
 def test_a_person_talks_with_the_doctor(page, window):
     from playwright.sync_api import expect
 
@@ -112,35 +124,112 @@ def test_a_person_talks_with_the_doctor(page, window):
     box.fill("I have an itchy skin")
     box.press("Enter")
     expect(window).to_contain_text("you: I have an itchy skin", timeout=30_000)
+    expect(button(window, "Stop")).to_be_visible()
     expect(window.locator("text=doctor:")).to_have_count(2, timeout=30_000)
+    wait_for_the_doctor(window)
     expect(window).to_contain_text("Belief if it had to decide now")
-    expect(box).to_have_value("", timeout=30_000)  # ready for the next message
+    expect(window).to_contain_text("Question 1 of 5")
+    expect(box).to_have_value("")  # ready for the next message
 
     box.fill("yes <b>bold</b>, and a crushing chest pain")
-    window.get_by_role("button", name="Send").click()
+    button(window, "Send").click()
     expect(window).to_contain_text("<b>bold</b>", timeout=30_000)
     expect(window.locator("text=you:")).to_have_count(2)  # said once, not twice
     expect(window).to_contain_text("This can be an emergency", timeout=30_000)
+    expect(window.locator("text=doctor:")).to_have_count(2)  # it asks no more
     save_picture(window, "06_red_flag")
-    for _ in range(6):
-        if box.is_disabled():
-            break
-        box.fill("no")
-        box.press("Enter")
-        page.wait_for_timeout(1500)
-    expect(window).to_contain_text("Final diagnosis:", timeout=30_000)
+    button(window, "I have read this, go on").click()
+    expect(window.locator("text=doctor:")).to_have_count(3, timeout=30_000)
+    for n in range(4, 7):
+        wait_for_the_doctor(window)
+        button(window, "No").click()
+        expect(window.locator("text=doctor:")).to_have_count(n, timeout=30_000)
+    wait_for_the_doctor(window)
+    for _ in range(2):  # the first press may add a second emergency, confirmed here
+        if button(window, "No").is_visible() and button(window, "No").is_enabled():
+            button(window, "No").click()
+        if (confirm := button(window, "I have read this, go on")).is_visible():
+            confirm.click()
+        page.wait_for_timeout(1000)
+        wait_for_the_doctor(window)
+    expect(window).to_contain_text("The end", timeout=30_000)
     save_picture(window, "06_live_chat")
 
-    window.get_by_role("button", name="New patient").click()
+    button(window, "New patient").click()
     expect(window.locator("text=doctor:")).to_have_count(1, timeout=30_000)
     expect(window).not_to_contain_text("This can be an emergency")
+
+
+def test_words_appear_one_by_one_and_can_be_stopped(page, window):
+    """What the transcript shows while the doctor speaks, seen from the page."""
+    from playwright.sync_api import expect
+
+    page.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => {
+            for (const log of document.querySelectorAll('[role=log]'))
+                window.seen.push([Date.now(), log.innerText.split('\\n').pop()]);
+        }).observe(document.body, {subtree: true, childList: true}) }"""
+    )
+    start = page.evaluate("Date.now()")
+    button(window, "I have a headache.").click()
+    expect(window.locator("text=doctor:")).to_have_count(2, timeout=30_000)
+    wait_for_the_doctor(window)
+    seen = page.evaluate("window.seen")
+    growing = list(dict.fromkeys(x for _, x in seen if x.endswith("…")))
+    assert len(growing) >= 3 and growing[0] == "doctor: …", growing
+    print("first word after", min(t for t, x in seen if x.endswith("…")) - start, "ms")
+
+    button(window, "Yes").click()
+    button(window, "Stop").click()
+    expect(window.locator("textarea")).to_have_value("Yes.", timeout=30_000)
+    expect(window.locator("text=you:")).to_have_count(1)
+    button(window, "Send").click()
+    expect(window.locator("text=you:")).to_have_count(2, timeout=30_000)
+    wait_for_the_doctor(window)
+    button(window, "Undo").click()
+    expect(window.locator("text=you:")).to_have_count(1, timeout=30_000)
+
+
+def test_many_quick_clicks_send_once(window):
+    from playwright.sync_api import expect
+
+    window.locator("textarea").fill("I have a headache")
+    window.get_by_role("checkbox").first.focus()
+    button(window, "Send").evaluate("b => { for (let i = 0; i < 50; i++) b.click() }")
+    expect(window.locator("text=doctor:")).to_have_count(2, timeout=30_000)
+    wait_for_the_doctor(window)
+    expect(window.locator("text=you:")).to_have_count(1)
+
+
+def test_keyboard_alone_narrow_and_dark(page, window):
+    from playwright.sync_api import expect
+
+    button(window, "I have a headache.").focus()
+    page.keyboard.press("Enter")
+    expect(window.locator("text=doctor:")).to_have_count(2, timeout=30_000)
+    wait_for_the_doctor(window)
+    button(window, "No").focus()
+    page.keyboard.press("Space")
+    expect(window.locator("text=you:")).to_have_count(2, timeout=30_000)
+    wait_for_the_doctor(window)
+    page.set_viewport_size({"width": 700, "height": 1000})
+    theme = "window.jupyterapp.commands.execute('apputils:change-theme', {theme: '%s'})"
+    page.evaluate(theme % "JupyterLab Dark")
+    page.wait_for_timeout(2500)
+    halves = [window.get_by_role("log"), window.get_by_text("Belief if it had to")]
+    upper, lower = (half.bounding_box() for half in halves)
+    assert lower["y"] > upper["y"] + upper["height"]  # one above the other
+    save_picture(window, "06_narrow_dark")
+    page.evaluate(theme % "JupyterLab Light")
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    page.wait_for_timeout(1500)
 
 
 def test_only_enter_and_send_send(page, window):
     from playwright.sync_api import expect
 
     box, mine = window.locator("textarea"), window.locator("text=you:")
-    tick = window.get_by_role("checkbox")
+    tick = window.get_by_role("checkbox").first
 
     def nothing_happened(text, said):
         page.wait_for_timeout(2500)  # long enough for an answer
@@ -159,6 +248,7 @@ def test_only_enter_and_send_send(page, window):
     box.click()
     page.keyboard.press("Enter")  # nothing was typed since the box lost the focus
     expect(window).to_contain_text("you: I have a headache", timeout=30_000)
+    wait_for_the_doctor(window)
     nothing_happened("", 1)
 
     box.click()
@@ -166,9 +256,10 @@ def test_only_enter_and_send_send(page, window):
     tick.click()
     window.get_by_text("Not medical advice").click()
     nothing_happened("no", 1)
-    window.get_by_role("button", name="Send").click()
+    button(window, "Send").click()
     expect(mine).to_have_count(2, timeout=30_000)
     nothing_happened("", 2)
+    wait_for_the_doctor(window)
 
     box.click()
     long = "yes, it has been like this since last Monday"
@@ -176,6 +267,7 @@ def test_only_enter_and_send_send(page, window):
     page.keyboard.press("Enter")
     expect(window).to_contain_text(f"you: {long}", timeout=30_000)  # no letter lost
     nothing_happened("", 3)
+    wait_for_the_doctor(window)
     page.keyboard.type("no")
     window.get_by_role("button", name="Send").click()
     expect(mine).to_have_count(4, timeout=30_000)
@@ -189,6 +281,7 @@ def test_a_crisis_gets_its_own_calm_notice(window):
     box.fill("I’m not suicidal, I have a headache")
     box.press("Enter")
     expect(window.locator("text=doctor:")).to_have_count(2, timeout=30_000)
+    wait_for_the_doctor(window)
     expect(window).not_to_contain_text("You are not alone")
     box.fill("no. I DONT WANT TO LIVE ANY MORE")
     box.press("Enter")
