@@ -559,6 +559,8 @@ class Consultation(Episode):
     `patient` has `opening()` and `reply(question)`; `chat` is notebook 03's ChatTokens,
     or None for doctors that speak text. Beyond `max_tokens` it ends undiagnosed. In the
     instructions, `system`, {n} is `max_questions`; a critic's `feedback` follows (10).
+    Each finding asked for counts as a question; if more are asked for than are left, a
+    case gives no answer.
     """
 
     def __init__(
@@ -587,7 +589,8 @@ class Consultation(Episode):
     done = property(lambda self: self.ended is not None)
 
     def _cue(self, reply: str) -> str:
-        return f"{reply} {LAST_TURN}" if len(self.turns) >= self.budget else reply
+        cued = self.questions >= self.budget
+        return f"{reply} {LAST_TURN}".lstrip() if cued else reply
 
     def _append(self, ids: Sequence[int], mask: int) -> None:
         self.completion_ids += ids
@@ -613,11 +616,11 @@ class Consultation(Episode):
             self.matched = match_disease(self.bank, turn.diagnosis)
             self.correct = self.matched == self.truth
             self._close("diagnosis")
-        elif len(self.turns) > self.budget:
+        elif self.questions >= self.budget:
             self._close("no diagnosis")
         else:
             asked = self.bank.lexicon.find(turn.spoken)
-            self.questions += 1
+            self.questions += max(1, len(asked))  # several in one turn count as several
             self.not_understood += not asked
             self.repeats += bool(asked) and self._known.issuperset(asked)
             self._known.update(asked)
@@ -629,7 +632,8 @@ class Consultation(Episode):
             return self._close("no answer")
         if self.truth and self.bank.named_in(reply, self.truth):
             return self._close("leak")
-        reply = self._cue(reply[:_MAX_REPLY])
+        too_many = self.truth and self.questions > self.budget  # more than were left
+        reply = self._cue("" if too_many else reply[:_MAX_REPLY])
         ids = self.chat.bridge(self.completion_ids, reply) if self.chat else []
         if len(self.completion_ids) + len(ids) >= self.max_tokens:
             return self._close("too long")

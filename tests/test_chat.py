@@ -1,4 +1,4 @@
-"""Notebooks 05b and 06: which messages show a notice (the examples came before the
+"""Notebooks 05b, 05c and 06: which messages show a notice (the examples came before the
 phrases), and the chat without a browser."""
 
 import threading
@@ -8,7 +8,7 @@ import grpodx_utils as gx
 import numpy as np
 import pytest
 
-six, flags = gx.notebook("06"), gx.notebook("05b")
+six, flags, talks = (gx.notebook(n) for n in ("06", "05b", "05c"))
 
 CRISIS = """
 I want to end my life
@@ -520,7 +520,7 @@ def test_one_typing_error_but_no_other_small_word():
 @pytest.fixture
 def window(bank, alarms):
     """A window with a doctor that asks the same, and an even belief."""
-    setup = six.ChatSetup(bank, alarms, Parrot())
+    setup = talks.ChatSetup(bank, alarms, Parrot())
     return six.ChatWindow(setup, lambda talk: np.full(len(bank.names), 0.01))
 
 
@@ -533,12 +533,12 @@ class Parrot:
         self.pause = threading.Event()
         self.pause.set()
 
-    def __call__(self, talks):
+    def __call__(self, open_talks):
         for word in self.said.split():
             self.pause.wait(20)
             if self.watch:
                 self.watch([f" {word}"])
-        return [self.said] * len(talks)
+        return [self.said] * len(open_talks)
 
 
 def type_in(window, message):
@@ -579,21 +579,21 @@ def test_alarms_stay_until_a_new_patient(window):
         "emergency.</b>"
     )
     press(window, "New patient")
-    assert window.notice.value == "" and window.state == six.ChatState()
+    assert window.notice.value == "" and window.state == talks.ChatState()
 
 
 def test_a_crisis_is_not_answered_with_a_misunderstanding(window):
     type_in(window, "I want to die")
-    assert window.state.lines[-1][1] == six.ONLY_A_PROGRAM
+    assert window.state.lines[-1][1] == talks.ONLY_A_PROGRAM
     type_in(window, "trains are nice")
-    assert window.state.lines[-1][1] == six.SORRY
+    assert window.state.lines[-1][1] == talks.SORRY
 
 
 def test_a_crisis_in_the_middle_is_not_answered_with_a_question(window):
     type_in(window, "I have a headache")
     asked = window.state.talk.spoken[-1]
     type_in(window, "no, and I want to kill myself")
-    assert window.state.lines[-1][1] == six.ONLY_A_PROGRAM
+    assert window.state.lines[-1][1] == talks.ONLY_A_PROGRAM
     assert "not alone" in window.notice.value
     type_in(window, "no")  # the talk goes on where it was
     assert window.state.talk.spoken[0] == asked and len(window.state.talk.replies) == 1
@@ -637,7 +637,7 @@ def test_one_press_answers_and_undo(window):
     assert window.state.talk.evidence["fever"] is False
     for _ in range(2):
         press(window, "Undo")
-    assert window.state == six.ChatState() and window.buttons["Undo"].disabled
+    assert window.state == talks.ChatState() and window.buttons["Undo"].disabled
     type_in(window, "I have a headache and I want to die")
     press(window, "Undo")
     assert "988" in window.notice.value  # a crisis is not taken back
@@ -659,7 +659,7 @@ def test_a_long_talk_ends_with_a_card(bank, window):
 
 def test_what_a_finding_adds(bank):
     evidence = {"itching": True, "fever": False}
-    told = six.weigh_evidence(bank, evidence, "Scabies")
+    told = talks.weigh_evidence(bank, evidence, "Scabies")
     two, column = gx.notebook("02"), bank.index["Scabies"]
     whole, rest = two.belief(bank, [evidence, {"fever": False}])[:, column]
     assert told[0][1:] == ("itching", True) and np.isclose(told[0][0], whole - rest)
@@ -668,7 +668,7 @@ def test_what_a_finding_adds(bank):
 @pytest.fixture
 def slow(bank, alarms):
     """A window whose doctor waits until `pause` is set."""
-    setup = six.ChatSetup(bank, alarms, Parrot())
+    setup = talks.ChatSetup(bank, alarms, Parrot())
     window = six.ChatWindow(setup, None, own_belief=False)
     window.setup.doctor.pause.clear()
     yield window

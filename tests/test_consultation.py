@@ -174,6 +174,36 @@ def test_budget_and_last_turn(bank):
     assert e.repeats == 2 + ("fever" in gx.read_evidence(bank, "", e.opening))
 
 
+def test_several_questions_in_one_turn_count_as_several(bank):
+    """Otherwise GRPO learns to ask for five findings in each of five turns."""
+    both = "Do you have a fever? Do you have a headache?"
+    (e,) = gx.play(Script(both, both, "Do you cough?"), bank, [CASE], max_questions=5)
+    assert e.questions == 5 and len(e.replies) == 3 and e.ended == "no diagnosis"
+    assert e.replies[0].count(".") == 2 and gx.LAST_TURN in e.replies[2]
+    assert not any(gx.LAST_TURN in reply for reply in e.replies[:2])
+    assert len(e.evidence) <= 1 + e.budget  # with the complaint
+
+
+def test_more_questions_than_are_left_get_no_answer(bank):
+    many = "Do you have a fever, a headache, a sore throat or a runny nose?"
+    final = "Final diagnosis: Influenza"
+    (e,) = gx.play(Script("Do you cough?", many, final), bank, [CASE], max_questions=4)
+    assert e.replies[1] == gx.LAST_TURN and e.questions == 5 and e.correct
+    assert len(e.evidence) == 2  # the complaint and the cough
+
+
+def test_a_persons_answer_is_always_heard(bank):
+    class Person:
+        opening = staticmethod(lambda: "My skin is itchy.")
+
+    talk = gx.Consultation(bank, Person(), max_questions=1)
+    talk.hear("Do you have a fever or a headache?")
+    talk.answer("I have a fever.")
+    assert talk.evidence["fever"] and talk.replies == [
+        f"I have a fever. {gx.LAST_TURN}"
+    ]
+
+
 def test_zero_questions_asks_for_the_diagnosis_at_once(bank):
     (e,) = gx.play(Script("Final diagnosis: flu"), bank, [CASE], max_questions=0)
     assert gx.LAST_TURN in e.opening and e.correct and e.questions == 0

@@ -144,4 +144,5 @@ def test_the_critic_finds_what_was_wrong_and_praises_nothing_else(bank):
     assert ten.critique(bank, e).endswith("Give a diagnosis.")
     e = best[2]
     e.spoken, e.replies = [e.spoken[0], e.spoken[-1]], e.replies[:1]
+    e.questions = 1
     assert ten.critique(bank, e).endswith("The diagnosis came too early.")

@@ -347,15 +347,17 @@ def test_the_real_model_learns_by_grpo_and_its_adapter_is_small(trained):
 
 
 def test_the_real_model_chats(bank, trained):
-    six, four = gx.notebook("06"), gx.notebook("04")
+    talks, four = gx.notebook("05c"), gx.notebook("04")
     model, tokenizer = one.load_doctor(adapter=trained / "adapter")
     one.FastLanguageModel.for_inference(model)
     chat = three.ChatTokens(tokenizer)
     doctor = four.make_doctor(model, chat, 0.0, 32)
     alarms = gx.notebook("05b").load_alarms(bank)
-    setup = six.ChatSetup(bank, alarms, doctor, chat, False, max_questions=1)
-    state = six.send(setup, six.ChatState(), "My head is killing me and I feel sick.")
-    state = six.send(setup, state, "No, not really.")
+    setup = talks.ChatSetup(bank, alarms, doctor, chat, False, max_questions=1)
+    state = talks.send(
+        setup, talks.ChatState(), "My head is killing me and I feel sick."
+    )
+    state = talks.send(setup, state, "No, not really.")
     assert [who for who, *_ in state.lines] == ["doctor", "you"] * 2 + ["doctor"]
     assert state.talk.done and state.lines[-1][1].startswith("Final diagnosis:")
 
