@@ -661,8 +661,9 @@ def test_what_a_finding_adds(bank):
     evidence = {"itching": True, "fever": False}
     told = talks.weigh_evidence(bank, evidence, "Scabies")
     two, column = gx.notebook("02"), bank.index["Scabies"]
-    whole, rest = two.belief(bank, [evidence, {"fever": False}])[:, column]
-    assert told[0][1:] == ("itching", True) and np.isclose(told[0][0], whole - rest)
+    p = two.belief(bank, [evidence, {"fever": False}])[:, column]
+    doublings = np.diff(np.log2(p / (1 - p)))[0]
+    assert told[0][1:] == ("itching", True) and np.isclose(told[0][0], -doublings)
 
 
 @pytest.fixture
