@@ -35,7 +35,7 @@ def problems(school, wording):
 
 @pytest.fixture
 def flu(bank):
-    return eleven.Problem("x", "a case", "Influenza", NUMBERS, {}, bank)
+    return eleven.Problem("x", "a case", "Influenza", NUMBERS, {}, bank, {})
 
 
 # -------------------------------------------------------------------------- vignettes
@@ -181,7 +181,7 @@ def test_the_right_answer_of_a_case(flu, answer, right):
 
 
 def test_the_right_answer_of_a_question():
-    problem = eleven.Problem("question 1", "?", "Ménière's disease")
+    problem = eleven.Problem("1", "?", "Ménière's disease", {}, {}, None, {})
     for answer, right in (("meniere's  DISEASE.", 1), ("Meniere", 0), ("", 0)):
         assert eleven.right_answer(f"<answer>{answer}</answer>", problem) == 2 * right
     chinese = problem._replace(truth="流感")
