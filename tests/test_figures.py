@@ -1,4 +1,4 @@
-"""The figures in README are those of the stored records."""
+"""The figures in README and data/results/README.md are those of the stored records."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import grpodx_utils as gx
 
 README = (ROOT / "README.md").read_text("utf-8")
 RESULTS = gx.DATA / "results"
+DETAILS = (RESULTS / "README.md").read_text("utf-8")
 NEW, WITHHELD = "new patients", "withheld diseases"
 
 
@@ -31,15 +32,15 @@ def test_the_table_of_the_evaluation(evaluation):
     whos = ("before", "before, greedy", "after", "after, greedy", "random", "Bayes")
     for group in (NEW, WITHHELD, "textbook patients", "noisy patients"):
         cells = [interval(scores[f"{group} | {who}"]) for who in whos]
-        assert f"| {group} | {' | '.join(cells)} |\n" in README, group
+        assert f"| {group} | {' | '.join(cells)} |\n" in DETAILS, group
     assert {s["n"] for s in scores.values()} == {2000}
-    assert "patients (2,000 each, 5 questions)" in README
+    assert "patients (2,000 each, 5 questions)" in DETAILS
 
 
 def test_the_training_seeds(evaluation):
     for name, row in evaluation["seeds"].items():
         keys = [f"{g}, {d}" for g in (NEW, WITHHELD) for d in ("sampled", "greedy")]
-        assert f" | {' | '.join(percent(row[k]) for k in keys)} |\n" in README, name
+        assert f" | {' | '.join(percent(row[k]) for k in keys)} |\n" in DETAILS, name
     seeds = [row for name, row in evaluation["seeds"].items() if name != "mean"]
     for key, mean in evaluation["seeds"]["mean"].items():
         assert mean == pytest.approx(sum(row[key] for row in seeds) / len(seeds))
@@ -47,7 +48,7 @@ def test_the_training_seeds(evaluation):
 
 def test_the_first_paragraph_and_the_shares(evaluation):
     scores, mean = evaluation["groups"], evaluation["seeds"]["mean"]
-    opening, shares = README.split("```bash")[0], README.split("## Results")[1]
+    opening, shares = README.split("```bash")[0], DETAILS
     for group in (NEW, WITHHELD):
         bayes = scores[f"{group} | Bayes"]["accuracy"]
         sampled, greedy = mean[f"{group}, sampled"], mean[f"{group}, greedy"]
@@ -67,7 +68,7 @@ def test_the_first_paragraph_and_the_shares(evaluation):
 
 def test_the_run_of_notebook_04():
     run = gx.read_json(RESULTS / "04_grpo_training.json")
-    said = next(x for x in README.splitlines() if x.startswith("Notebook 04 at its"))
+    said = next(x for x in DETAILS.splitlines() if x.startswith("Notebook 04 at its"))
     scores = [*run["before"].values(), *run["after"].values(), run["bayes"]]
     for part in run["withheld"].values():
         scores += part.values()
@@ -78,10 +79,30 @@ def test_the_run_of_notebook_04():
 
 def test_the_warm_start():
     run = gx.read_json(RESULTS / "07_sft_warm_start.json")
-    said = next(x for x in README.splitlines() if x.startswith("The warm start (note"))
+    said = next(x for x in DETAILS.splitlines() if x.startswith("The warm start (note"))
     for x in run["diagnosis"]["gain"]:
         assert percent(x) in said
     assert f"{run['minutes']:.1f} minutes" in said and f"{run['steps']} steps" in said
+
+
+def test_smollm_after_grpo():
+    record = gx.read_json(RESULTS / "04_smol_grpo.json")
+    run = record["credit: gain in the doctor's own belief"]["result"]
+    for kind, row in run.items():
+        group, decoding = kind.split(", ")
+        low, high = row["gain, 95% interval over patients"]
+        gain = f"{100 * row['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        before, after = percent(row["mean before"]), percent(row["mean after"])
+        seeds = ", ".join(map(percent, row["after"]))
+        cells = group, decoding, before, f"{after} ({seeds})", gain
+        assert f"| {' | '.join(cells)} |\n" in DETAILS, kind
+        if group[0] == "t":  # training diseases
+            assert f"from {before} to {after}" in README, kind
+
+
+def test_readme_is_short():
+    shown = re.sub(r"\]\([^)]*\)", "]", README)  # links without their addresses
+    assert len(re.findall(r"\w[\w.,%'-]*", shown)) <= 1500
 
 
 GIVEN = {  # not results

@@ -308,5 +308,5 @@ def test_nothing_at_the_top_level_that_is_not_asked_for():
     ).stdout.split()
     allowed = {"notebooks", "grpodx_utils.py", "data", "README.md", "requirements.txt",
                "tests", "Makefile", "pyproject.toml", "LICENSE", ".gitignore", ".ci",
-               ".github"}  # fmt: skip
+               ".github", "CITATION.cff", "CONTRIBUTING.md"}  # fmt: skip
     assert {p.split("/")[0] for p in listed} <= allowed
