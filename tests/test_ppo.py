@@ -161,7 +161,7 @@ def learner(bank, name, **changes):
     recipe = dict(model="data/tiny_doctor", adapter=None, rate=1e-3, kl=0.01, group=3)
     recipe |= dict(batch_size=6, steps=1, tests=4, bank=bank, end=time.time() + 99)
     play = dict(max_questions=2, max_tokens=256)
-    recipe |= dict(play=play, settings={"kl": 0.01})
+    recipe |= dict(play=play, settings={}, micro=None)
     return nb.make_learner(name, SimpleNamespace(**recipe | changes), seed=0)
 
 
@@ -199,7 +199,7 @@ def adapters(x):
 @pytest.mark.parametrize("name", list(nb.METHODS))
 def test_every_method_trains_its_policies_and_nothing_else(bank, name, here):
     x = learner(bank, name)
-    x.usual["MICRO_BATCH"] = 4  # so that portions are added up
+    x.recipe.micro = 4  # so that portions are added up
     before = adapters(x)
     rest = [
         p.detach().clone() for n, p in x.model.named_parameters() if "lora" not in n
