@@ -12,7 +12,7 @@ import pytest
 import grpodx_utils as gx
 from conftest import ROOT
 
-two, four, eight = (gx.notebook(number) for number in ("02", "04", "08b"))
+two, per_turn, eight = (gx.notebook(number) for number in ("02", "03c", "08b"))
 nine, ten = gx.notebook("09"), gx.notebook("10")
 SECRET = "sk-secret-1234567890"
 
@@ -163,12 +163,12 @@ def test_an_unscorable_episode_moves_nothing(bank, tiny_tokenizer):
     chat = gx.notebook("03").ChatTokens(tiny_tokenizer)
     episodes = gx.play(two.BayesDoctor(bank, "random"), bank, cases(bank, 1) * 4, chat)
     episodes[1].ended = "leak"
-    scores = four.turn_scores(bank, episodes)
-    turns = four.turn_credit(episodes, scores, 4)
+    scores = per_turn.turn_scores(bank, episodes)
+    turns = per_turn.turn_credit(episodes, scores, 4)
     assert not turns[1].any() and turns[0].any()
     rest = [0, 2, 3]
     some, their = [episodes[i] for i in rest], [scores[i] for i in rest]
-    with_three = four.turn_credit(some, their, 3)
+    with_three = per_turn.turn_credit(some, their, 3)
     same = [np.array_equal(turns[i], x) for i, x in zip(rest, with_three)]
     assert all(same), "the others' mean does not know it"
 

@@ -20,6 +20,7 @@ from conftest import ROOT
 from test_fast_self_play import consultations, greedy_by_generate
 
 one, two, three, four = (gx.notebook(n) for n in ("01", "02", "03", "04"))
+per_turn = gx.notebook("03c")
 ten = gx.notebook("10")
 
 
@@ -95,21 +96,21 @@ def test_sampling_follows_the_distribution():
 
 def test_turn_scores_by_hand(bank, chat):
     (e,) = gx.play(two.BayesDoctor(bank), bank, ["Influenza|sampled|5"])
-    assert four.turn_scores(bank, [e])[0] == pytest.approx([1.0] * 6), (
+    assert per_turn.turn_scores(bank, [e])[0] == pytest.approx([1.0] * 6), (
         "Bayes is the best"
     )
     e.spoken[1], e.replies[1] = e.spoken[0], e.replies[0]
-    assert four.turn_scores(bank, [e])[0][1] == -0.5, "asked again"
+    assert per_turn.turn_scores(bank, [e])[0][1] == -0.5, "asked again"
     e.spoken[1] = f"{e.spoken[2]} {e.spoken[3]}"
     e.replies[1] = f"{e.replies[2]} {e.replies[3]}"
-    assert four.turn_scores(bank, [e])[0][1] == -0.5, "two questions in one turn"
+    assert per_turn.turn_scores(bank, [e])[0][1] == -0.5, "two questions in one turn"
     p = two.belief(bank, [e.evidence])[0]
     second = int(np.argsort(p)[-2])
     (e,) = gx.play(two.BayesDoctor(bank), bank, ["Influenza|sampled|5"])
     e.matched = bank.names[second]
-    assert four.turn_scores(bank, [e])[0][-1] == pytest.approx(p[second] / p.max())
+    assert per_turn.turn_scores(bank, [e])[0][-1] == pytest.approx(p[second] / p.max())
     e.matched = None
-    assert four.turn_scores(bank, [e])[0][-1] == -0.5, "no diagnosis"
+    assert per_turn.turn_scores(bank, [e])[0][-1] == -0.5, "no diagnosis"
 
 
 def test_an_early_diagnosis_costs_something(bank):
@@ -117,7 +118,7 @@ def test_an_early_diagnosis_costs_something(bank):
         return ["Final diagnosis: flu" for _ in consultations]
 
     (e,) = gx.play(hasty, bank, ["Influenza|sampled|5"])
-    assert four.turn_scores(bank, [e])[0] == [-0.5]
+    assert per_turn.turn_scores(bank, [e])[0] == [-0.5]
 
 
 def test_credit_sits_on_the_doctors_tokens_and_is_centred(bank, chat, trainer):
@@ -125,8 +126,8 @@ def test_credit_sits_on_the_doctors_tokens_and_is_centred(bank, chat, trainer):
     rollout = four.make_rollout(bank, chat)
     out = rollout(prompts, trainer)
     width = max(map(len, out["completion_ids"]))
-    scores = four.turn_scores(bank, rollout.episodes)
-    turns = four.turn_credit(rollout.episodes, scores, 8)
+    scores = per_turn.turn_scores(bank, rollout.episodes)
+    turns = per_turn.turn_credit(rollout.episodes, scores, 8)
     table = four.spread(rollout.episodes, turns, width)
     assert table.shape == (32, width)
     for row, mask in zip(table, out["env_mask"]):
@@ -180,7 +181,7 @@ def run_notebook_04(tmp_path, name, **given):
     return tmp_path / name
 
 
-@pytest.mark.parametrize("credit", ["episode", "turn"])
+@pytest.mark.parametrize("credit", ["episode", "turn", "belief"])
 def test_withheld_diseases_touch_nothing_that_is_learned(bank, tmp_path, credit):
     """The withheld diseases exchange their findings; the adapter stays the same."""
     records = json.loads((gx.DATA / "disease_bank.json").read_text("utf-8"))
@@ -383,7 +384,7 @@ def test_the_advised_doctor_takes_advice(bank):
     for name, words in (("advised", advice), ("again", ())):
         second = gx.play(doctor, bank, cases, chat, feedback=words)
         a, b = (
-            [np.mean(s) for s in four.turn_scores(bank, x)] for x in (first, second)
+            [np.mean(s) for s in per_turn.turn_scores(bank, x)] for x in (first, second)
         )
         differ = [x.turns != y.turns for x, y in zip(first, second)]
         better[name] = np.mean(np.array(b)[differ] > np.array(a)[differ])

@@ -172,7 +172,7 @@ def make_trainer(folder, micro):
         rollout_func=rollout,
         callbacks=[Stopwatch()],
     )
-    trainer.credit = four.make_credit(school, args.group)
+    trainer.credit = four.make_credit(args.group)
     if args.kl and "ref" not in model.peft_config:
         four.add_reference(model)
     trainer.generation_config.max_new_tokens = args.turn_tokens
