@@ -231,7 +231,8 @@ def small():
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=14, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=32, num_labels=1, initializer_range=0.1, hidden_dropout_prob=0.0,
+        intermediate_size=32, num_labels=1, initializer_range=0.1,
+        hidden_dropout_prob=0.0,
     )  # fmt: skip
     return twelve.Verifier(BertForSequenceClassification(config), tokenizer)
 
