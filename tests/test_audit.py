@@ -136,7 +136,7 @@ class TwoAnswers(torch.nn.Module):
 def talk(bank, chat):
     """Influenza with a fever, asked for fever and a sprained ankle."""
     case = gx.make_case(bank, "Influenza|sampled|1")
-    case = case._replace(findings=frozenset({"cough", "fever"}), complaint="cough")
+    case = case._replace(findings=frozenset({"sore throat", "fever"}), complaint="sore throat")
     talk = gx.Consultation(bank, gx.ScriptedPatient(bank, case), chat, max_questions=2)
     for text in ("Do you have a fever?", "Do you have a headache?"):
         talk.step(text)
