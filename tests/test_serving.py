@@ -1,10 +1,8 @@
 """Notebooks 14 and 14b: a doctor behind a server, and as a GGUF file."""
 
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -46,12 +44,19 @@ class DoctorServer(Server):
         pass
 
 
-@pytest.fixture
-def server():
+@pytest.fixture(scope="module")
+def stand_in():
     stand_in = DoctorServer()
     threading.Thread(target=stand_in.serve_forever, daemon=True).start()
     yield stand_in
     stand_in.shutdown()
+
+
+@pytest.fixture
+def server(stand_in):
+    stand_in.requests, stand_in.latency, stand_in.until = 0, 0.0, None
+    stand_in.script, stand_in.bodies = [], []
+    return stand_in
 
 
 def client(server, retries=0, concurrency=1):
@@ -88,29 +93,22 @@ def test_a_server_that_goes_down_costs_only_what_is_open(server, bank, ids, tmp_
     assert [e.case_id for e in episodes] == ids
 
 
-PLAY = """
-import grpodx_utils as gx
-ask, serving = gx.notebook("08b"), gx.notebook("14")
-bank, (url, path) = gx.load_bank(), __import__("sys").argv[1:]
-talker = ask.ChatServer("doctor", url, "none", prices=(0, 0), concurrency=2)
-ids = gx.sample_cases(bank.names, 40, seed=1)
-serving.play_over_http(talker, bank, ids, path, 16, max_questions=2)
-"""
-
-
 def test_killed_in_the_middle(server, bank, tmp_path):
     """A process is killed at once, with kill -9; another goes on."""
     path, server.latency = tmp_path / "played.jsonl", 0.1
-    command = [sys.executable, "-c", PLAY, server.url, str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (path.exists() and path.stat().st_size):
+    ids = gx.sample_cases(bank.names, 40, seed=1)
+    task = serving.play_over_http, (client(server), bank, ids, path, 16), RULES
+    fork = multiprocessing.get_context("fork")  # has all libraries already
+    process = fork.Process(target=task[0], args=task[1], kwargs=task[2])
+    process.start()
+    while process.is_alive() and not (path.exists() and path.stat().st_size):
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     time.sleep(0.5)  # requests that are on their way
     kept, server.latency, before = path.read_bytes().count(b"\n"), 0.0, server.requests
     assert 0 < kept < 40
-    ids = gx.sample_cases(bank.names, 40, seed=1)
     talker = client(server, concurrency=4)
     episodes = serving.play_over_http(talker, bank, ids, path, 16, **RULES)
     assert server.requests - before == EACH * (40 - kept)
