@@ -123,20 +123,23 @@ class TwoAnswers(torch.nn.Module):
     def get_output_embeddings(self):
         return self.head
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask, logits_to_keep=0, **_):
         logits = torch.zeros(*input_ids.shape, self.head.out_features)
         told = ((input_ids == self.fever) * attention_mask).cumsum(1) > 0
         logits[..., self.diagnosis] = self.weight * told
         logits[input_ids == self.diagnosis] = -100.0
         logits[..., self.end].masked_fill_(input_ids == self.diagnosis, 100.0)
-        return type("Out", (), {"logits": logits})
+        logits = logits[:, -logits_to_keep:]
+        return type("Out", (), {"logits": logits, "past_key_values": None})
 
 
 @pytest.fixture
 def talk(bank, chat):
     """Influenza with a fever, asked for fever and a sprained ankle."""
     case = gx.make_case(bank, "Influenza|sampled|1")
-    case = case._replace(findings=frozenset({"sore throat", "fever"}), complaint="sore throat")
+    case = case._replace(
+        findings=frozenset({"sore throat", "fever"}), complaint="sore throat"
+    )
     talk = gx.Consultation(bank, gx.ScriptedPatient(bank, case), chat, max_questions=2)
     for text in ("Do you have a fever?", "Do you have a headache?"):
         talk.step(text)
@@ -156,18 +159,28 @@ def test_the_answer_that_counts(chat, talk):
     assert np.allclose(weights, [3 / np.log(2), 0], atol=1e-3)
 
 
-def test_an_answer_is_replaced_and_nothing_else(chat, talk):
-    replies = au.without_answer(talk.replies, 1)
-    assert replies[0] == talk.replies[0]
-    assert replies[1] == f"I'm not sure. {gx.LAST_TURN}"
-    assert au.without_answer(talk.replies, None) == talk.replies
-    whole = au.ids_before_diagnosis(chat, talk, talk.replies)
-    assert whole + au.gguf.doctor_turns(talk)[-1][1] == talk.prompt_ids + (
-        talk.completion_ids
+def test_what_is_left_without_an_answer(chat, talk):
+    whole, first, last = au.rows_without(chat, talk)
+    turns = [said for _, said in au.gguf.doctor_turns(talk)]
+    assert whole + turns[-1] == talk.prompt_ids + talk.completion_ids
+    fever, headache = (
+        talk.replies[0],
+        talk.replies[1].removesuffix(gx.LAST_TURN).strip(),
     )
-    changed = au.ids_before_diagnosis(chat, talk, replies)
-    assert len(changed) == len(whole)  # sentences are tokens
-    assert sum(a != b for a, b in zip(changed, whole)) == 1
+    cued = (f"{fever} {gx.LAST_TURN}", f"{headache} {gx.LAST_TURN}")
+    assert first == talk.prompt_ids + turns[1] + chat.bridge(turns[1], cued[1])
+    assert last == talk.prompt_ids + turns[0] + chat.bridge(turns[0], cued[0])
+    unsure = au.exchanges_without(talk, 1, "unsure")
+    assert unsure == [(turns[0], fever), (turns[1], f"I'm not sure. {gx.LAST_TURN}")]
+
+
+def test_whether_it_is_still_a_diagnosis(chat, talk):
+    (fever,), (named,) = map(chat.encode, ("Yes, I have a fever.", talk.turns[-1]))
+    size = len(chat.tokenizer)
+    doctor = TwoAnswers(size, fever, named, chat.end_ids[0], weight=3.0)
+    p = au.share_of_diagnoses(doctor, chat, talk, [named], "cut")
+    with_fever = np.exp(3) / (np.exp(3) + size - 1)
+    assert np.isclose(p, (with_fever + 1 / size) / 2, rtol=1e-3)
 
 
 def test_bayes_as_in_part_5c(bank, talk):
@@ -181,8 +194,12 @@ def test_bayes_as_in_part_5c(bank, talk):
 
 
 def test_no_diagnosis_has_no_reasons(chat):
-    with pytest.raises(gx.InputError, match="no diagnosis .it ended by too long."):
-        au.weigh_answers(None, chat, gx.Episode(case_id="x", ended="too long"))
+    e = gx.Episode(case_id="x", ended="too long", replies=["a", "b"])
+    with pytest.raises(gx.InputError, match="x has 2 answers and ended by too long"):
+        au.rows_without(chat, e)
+    e = gx.Episode(case_id="x", ended="diagnosis", replies=["a"])
+    with pytest.raises(gx.InputError, match="x has 1 answers .* two answers"):
+        au.rows_without(chat, e)
 
 
 def test_agreement_by_hand():
