@@ -181,16 +181,14 @@ def test_the_reference(bank):
 
 def test_judging():
     fixed = Fixed()
-    scores = twelve.judge_answers(
-        fixed, ["Gout", "flu", "Gou"], ["Gout"] * 3, at_once=2
-    )
+    scores = twelve.verify(fixed, ["Gout", "flu", "Gou"], ["Gout"] * 3, at_once=2)
     assert scores == pytest.approx([sigmoid(2), sigmoid(-2), sigmoid(2)])
-    assert twelve.judge_answers(fixed, [], []).shape == (0,)
+    assert twelve.verify(fixed, [], []).shape == (0,)
     with pytest.raises(ValueError):
-        twelve.judge_answers(fixed, ["flu"], [])
+        twelve.verify(fixed, ["flu"], [])
     fixed.logits = lambda answers, references: torch.tensor([0.0, float("nan")])
     with pytest.raises(gx.InputError, match="no numbers. Train it again"):
-        twelve.judge_answers(fixed, ["a", "b"], ["c", "d"])
+        twelve.verify(fixed, ["a", "b"], ["c", "d"])
 
 
 def test_two_labels_and_a_prompt():
@@ -248,9 +246,7 @@ def save(verifier, folder):
 def test_a_saved_verifier_is_the_same(small, tmp_path):
     again = twelve.load_verifier(save(small, tmp_path), {"other": "x"})
     asked = ["gout", "not flu"], ["gout", "influenza; also called flu"]
-    assert twelve.judge_answers(again, *asked) == pytest.approx(
-        twelve.judge_answers(small, *asked)
-    )
+    assert twelve.verify(again, *asked) == pytest.approx(twelve.verify(small, *asked))
     assert again.prompt is None
     named = twelve.load_verifier(tmp_path, {tmp_path.name: "{} {} {}"})
     assert named.prompt == "{} {} {}"
@@ -279,15 +275,13 @@ def test_training_learns_and_leaves_the_word_vectors(bank, small, tmp_path):
     both = ("gout", "Gout", True), ("flu", "Gout", False)
     pairs = [twelve.Pair("name", *x) for x in both] * 8
     before = {n: w.clone() for n, w in verifier.model.named_parameters()}
-    losses = twelve.fit(verifier, pairs, bank, epochs=40, size=8, rate=1e-2)
+    losses = twelve.fit_judge(verifier, pairs, bank, epochs=40, size=8, rate=1e-2)
     assert len(losses) == 80 and losses[0] > 0.4 and np.mean(losses[-5:]) < 0.2
-    scores = twelve.judge_answers(
-        verifier, ["gout", "flu"], [twelve.refer(bank, "Gout")] * 2
-    )
+    scores = twelve.verify(verifier, ["gout", "flu"], [twelve.refer(bank, "Gout")] * 2)
     assert scores[0] > 0.8 and scores[1] < 0.2
     for name, weight in verifier.model.named_parameters():
         assert torch.equal(weight, before[name]) == ("word_embeddings" in name), name
-    assert len(twelve.fit(verifier, pairs, bank, 30, minutes=1e-9)) == 1
+    assert len(twelve.fit_judge(verifier, pairs, bank, 30, minutes=1e-9)) == 1
 
 
 # ---------------------------------------------------------------- fetching the encoder
